@@ -1,0 +1,323 @@
+"""The recipe: one strict model per stage, nested; YAML in and out; dotted overrides.
+
+Order of precedence, later wins: defaults, recipe file, ``--set``, flags.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradsift.errors import ConfigError
+from gradsift.types import Budget, LossOn
+
+MAX_RECIPE_BYTES = 1 << 20
+Format = Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt"]
+
+
+class Strict(BaseModel):
+    """Base of every recipe section: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class SourceConfig(Strict):
+    """A named file of rows.
+
+    Args:
+        label: source label of a pool, or name of an anchor.
+        path: local file, or hub id (``org/name``, ``org/name:split``).
+    """
+
+    label: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
+    path: str = Field(min_length=1)
+
+
+class DataConfig(Strict):
+    """How rows are read and masked; the trainer uses the same values.
+
+    Args:
+        format: shape of the rows, or auto.
+        loss_on: which tokens carry loss; None = assistant for messages, completion for prompt/completion, all for text.
+        max_length: tokens kept from the start of a row, as the trainer truncates.
+        dedup: drop gives exact copies the status DUPLICATE, keep leaves them eligible.
+    """
+
+    format: Format = "auto"
+    loss_on: LossOn | None = None
+    max_length: int = Field(default=1024, ge=2)
+    dedup: Literal["drop", "keep"] = "drop"
+
+
+class LoraConfig(Strict):
+    """The navigator's adapter, seeded by the run's seed.
+
+    Args:
+        rank: LoRA rank.
+        alpha: LoRA alpha; the scale is alpha / rank.
+        target_modules: module names, or all-linear.
+        warmup_share: share of the pool the adapter is trained on before measuring. At 0 the matrices B are zero, so
+            the gradients of A are exactly zero and only B carries signal.
+        warmup_lr: AdamW learning rate of the warm-up.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    warmup_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    warmup_lr: float = Field(default=2e-4, gt=0)
+
+
+class NavigatorConfig(Strict):
+    """The small model that measures.
+
+    Args:
+        model: auto (the packaged SmolLM2-135M-Instruct), hub id, local folder or GGUF file.
+        revision: 40-hex commit of a hub id.
+        parameters: lora, all, or a list of name patterns (``fnmatch``) of the weights to differentiate.
+        lora: the adapter, used when parameters is lora.
+        dtype: arithmetic of the model.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    model: str = "auto"
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    parameters: Literal["lora", "all"] | tuple[str, ...] = "lora"
+    lora: LoraConfig = LoraConfig()
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+class CollectConfig(Strict):
+    """The one pass over the pool.
+
+    Args:
+        sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
+        tokens_per_batch: longest row times rows of a micro-batch never exceed this.
+        rows_per_shard: rows committed at once; a kill costs at most one shard.
+        signals: auto measures what the method needs; all measures everything.
+        abort_share: share of non-finite rows above which the run stops.
+    """
+
+    sketch_dim: int = Field(default=4093, ge=2)
+    tokens_per_batch: int = Field(default=1024, ge=1)
+    rows_per_shard: int = Field(default=64, ge=1)
+    signals: Literal["auto", "all"] = "auto"
+    abort_share: float = Field(default=0.05, ge=0.0, le=1.0)
+
+
+class MethodConfig(Strict):
+    """The rule that chooses.
+
+    Args:
+        name: registered name (``gradsift methods`` lists them).
+        settings: the method's own fields.
+    """
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(Strict):
+    """Everything that determines a run of ``gradsift select``.
+
+    Args:
+        pool: candidate files.
+        anchors: what must be kept, one source each.
+        target: what must be learned.
+        data: reading and masking.
+        navigator: the measuring model.
+        collect: the pass.
+        method: the rule.
+        budget: ``10%``, ``500`` or ``20000tok``.
+        allow_weak_anchor: let methods constrain on an anchor whose split-half reliability is below 0.2.
+        seed: seed of every named stream.
+    """
+
+    pool: tuple[SourceConfig, ...] = Field(min_length=1)
+    anchors: tuple[SourceConfig, ...] = ()
+    target: str | None = None
+    data: DataConfig = DataConfig()
+    navigator: NavigatorConfig = NavigatorConfig()
+    collect: CollectConfig = CollectConfig()
+    method: MethodConfig
+    budget: str
+    allow_weak_anchor: bool = False
+    seed: int = Field(default=42, ge=0, lt=2**63)
+
+
+def parse_budget(text: str) -> Budget:
+    """Read ``10%``, ``500`` or ``20000tok``.
+
+    Args:
+        text: the flag's value.
+
+    Returns:
+        The budget.
+
+    Raises:
+        ConfigError: the text is none of the three forms.
+    """
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|tok)?\s*", text)
+    if match:
+        number, unit = float(match[1].replace("_", "")), match[2]
+        if unit == "%":
+            return Budget(percent=number)
+        if number == int(number):
+            return Budget(tokens=int(number)) if unit == "tok" else Budget(rows=int(number))
+    raise ConfigError("the budget cannot be read", where="--budget", got=repr(text),
+                      expected="a percentage (10%), a number of rows (500) or trained tokens (20000tok)",
+                      do="write it in one of these forms")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe loading that also refuses aliases and duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise ConfigError("YAML aliases are not accepted in a recipe", where=str(self.peek_event().start_mark).strip(),
+                              do="write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError("a key stands twice in the recipe", where=str(key_node.start_mark).strip(),
+                                  got=repr(key), do="keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a plain nested mapping, not yet validated.
+
+    Args:
+        path: YAML file of at most 1 MiB.
+
+    Returns:
+        Nested dictionaries.
+
+    Raises:
+        ConfigError: the file is missing, too large, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError("the recipe file does not exist", where="--recipe", got=str(path), do="check the path")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise ConfigError("the recipe file is too large", where=str(path), got=f"{path.stat().st_size} bytes",
+                          expected=f"at most {MAX_RECIPE_BYTES}")
+    try:
+        loaded = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " ")) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError("the recipe is not a mapping", where=str(path), got=type(loaded).__name__,
+                          expected="keys such as pool, method, budget")
+    return loaded
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``KEY=VALUE``; the value is read as YAML, so ``0.2``, ``true`` and ``[a, b]`` have their types.
+
+    Args:
+        text: one ``--set`` argument.
+
+    Returns:
+        The key and the typed value.
+
+    Raises:
+        ConfigError: there is no ``=`` or the value is not YAML.
+    """
+    key, sep, value = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError("--set takes KEY=VALUE", where="--set", got=repr(text), do="for example --set band=middle")
+    try:
+        return key.strip(), yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise ConfigError("the value is not YAML", where=f"--set {key}", got=repr(value), do="quote it") from None
+
+
+TOP_LEVEL = tuple(Recipe.model_fields)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Put overrides into a nested mapping.
+
+    A dotted key (``navigator.dtype``) names a recipe field; a plain key that is no recipe field
+    (``band``) is a setting of the method.
+
+    Args:
+        values: nested dictionaries; not changed.
+        overrides: keys and values, later wins.
+
+    Returns:
+        A new nested mapping.
+    """
+    result = _copy(values)
+    for key, value in overrides:
+        parts = key.split(".")
+        if len(parts) == 1 and key not in TOP_LEVEL:
+            parts = ["method", "settings", key]
+        node = result
+        for part in parts[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise ConfigError("this field has no parts", where=f"--set {key}", got=part,
+                                  do="see gradsift methods or recipe.yaml of an earlier run for the names")
+            node = child
+        node[parts[-1]] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def build_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Validate a nested mapping.
+
+    Args:
+        values: nested dictionaries.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ConfigError: a field is unknown, missing or has a wrong value; all of them are named.
+    """
+    try:
+        recipe = Recipe.model_validate(_copy(values))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {str(e['input'])[:80]!r})" for e in error.errors()
+        ]
+        raise ConfigError("the recipe is not valid", where="; ".join(problems),
+                          do="correct these fields in the recipe, --set or flags") from None
+    for group, role in ((recipe.pool, "--pool"), (recipe.anchors, "--anchor")):
+        labels = [source.label for source in group]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ConfigError("a label is used twice", where=role, got=", ".join(repeated),
+                              do=f"give each a label of its own: {role} LABEL=PATH")
+    parse_budget(recipe.budget)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe as YAML that :func:`load_recipe` reads back to the same recipe.
+
+    Args:
+        recipe: any recipe.
+
+    Returns:
+        YAML text with every field.
+    """
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
