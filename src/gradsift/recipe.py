@@ -195,6 +195,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _load_yaml(text: str) -> Any:
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file as a plain nested mapping, not yet validated.
 
@@ -213,7 +221,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError("the recipe file is too large", where=str(path), got=f"{path.stat().st_size} bytes",
                           expected=f"at most {MAX_RECIPE_BYTES}")
     try:
-        loaded = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        loaded = _load_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " ")) from None
     if not isinstance(loaded, dict):
@@ -238,7 +246,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sep or not key.strip():
         raise ConfigError("--set takes KEY=VALUE", where="--set", got=repr(text), do="for example --set band=middle")
     try:
-        return key.strip(), yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        return key.strip(), _load_yaml(value)
     except yaml.YAMLError:
         raise ConfigError("the value is not YAML", where=f"--set {key}", got=repr(value), do="quote it") from None
 
@@ -258,6 +266,9 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[tuple[str, Any]]
 
     Returns:
         A new nested mapping.
+
+    Raises:
+        ConfigError: a dotted key goes through a field that has no parts.
     """
     result = _copy(values)
     for key, value in overrides:

@@ -18,7 +18,7 @@ def key64(*parts: object) -> int:
     """Hash any parts to an unsigned 64-bit key.
 
     Args:
-        parts: anything with a stable ``str``; joined by a unit separator.
+        *parts: anything with a stable ``str``; joined by a unit separator.
 
     Returns:
         An integer in [0, 2**64).

@@ -201,6 +201,7 @@ class Problem:
         num_tokens: int64 [N] tokens of the row.
         num_trained: int64 [N] trained tokens of the row.
         num_read: rows read from the pool, eligible or not.
+        num_trained_read: trained tokens of all rows that could be tokenized, copies included.
         loss: float64 [N] mean nats per trained token.
         grad_norm: float64 [N] exact norm of the row's gradient, > 0.
         anchor_dot: float64 [N, M] exact dot with each protect anchor's *unit* direction.
@@ -223,6 +224,7 @@ class Problem:
     num_tokens: Int[np.ndarray, " N"]
     num_trained: Int[np.ndarray, " N"]
     num_read: int
+    num_trained_read: int
     loss: Float[np.ndarray, " N"] | None = None
     grad_norm: Float[np.ndarray, " N"] | None = None
     anchor_dot: Float[np.ndarray, "N M"] | None = None
@@ -352,6 +354,7 @@ class Selection:
         weights: float32 [k], finite and >= 0.
         problem_ids: the N ids the audit columns refer to.
         score: float64 [N], higher is chosen first; NaN where the method gives none.
+        rank: int32 [N] 1-based place among the candidates by score, -1 for rows that were no candidates.
         reason_code: N codes such as ``kept:score``, ``dropped:budget``, ``dropped:conflict``.
         reason: N sentences.
         cluster: int32 [N] found group, -1 for none.
@@ -371,6 +374,7 @@ class Selection:
     weights: Float[np.ndarray, " k"]
     problem_ids: tuple[str, ...]
     score: Float[np.ndarray, " N"]
+    rank: Int[np.ndarray, " N"]
     reason_code: tuple[str, ...]
     reason: tuple[str, ...]
     cluster: Int[np.ndarray, " N"]
@@ -393,6 +397,6 @@ class Selection:
             raise ValueError("Selection.ids must come from the problem")
         if len(self.weights) != len(self.ids) or not np.isfinite(self.weights).all() or (self.weights < 0).any():
             raise ValueError("Selection.weights must be finite, >= 0 and one per id")
-        for name in ("score", "reason_code", "reason", "cluster"):
+        for name in ("score", "rank", "reason_code", "reason", "cluster"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"Selection.{name} must have one entry per problem row")
