@@ -20,9 +20,7 @@ class GradsiftError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, where: str = "", got: object = None, expected: str = "", do: str = ""
-    ) -> None:
+    def __init__(self, what: str, *, where: str = "", got: object = None, expected: str = "", do: str = "") -> None:
         self.what, self.where, self.got, self.expected, self.do = what, where, got, expected, do
         super().__init__(self.render())
 

@@ -170,9 +170,13 @@ def parse_budget(text: str) -> Budget:
             return Budget(percent=number)
         if number == int(number):
             return Budget(tokens=int(number)) if unit == "tok" else Budget(rows=int(number))
-    raise ConfigError("the budget cannot be read", where="--budget", got=repr(text),
-                      expected="a percentage (10%), a number of rows (500) or trained tokens (20000tok)",
-                      do="write it in one of these forms")
+    raise ConfigError(
+        "the budget cannot be read",
+        where="--budget",
+        got=repr(text),
+        expected="a percentage (10%), a number of rows (500) or trained tokens (20000tok)",
+        do="write it in one of these forms",
+    )
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -180,8 +184,11 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise ConfigError("YAML aliases are not accepted in a recipe", where=str(self.peek_event().start_mark).strip(),
-                              do="write the value out")
+            raise ConfigError(
+                "YAML aliases are not accepted in a recipe",
+                where=str(self.peek_event().start_mark).strip(),
+                do="write the value out",
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -189,8 +196,12 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise ConfigError("a key stands twice in the recipe", where=str(key_node.start_mark).strip(),
-                                  got=repr(key), do="keep one of them")
+                raise ConfigError(
+                    "a key stands twice in the recipe",
+                    where=str(key_node.start_mark).strip(),
+                    got=repr(key),
+                    do="keep one of them",
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -218,15 +229,23 @@ def load_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError("the recipe file does not exist", where="--recipe", got=str(path), do="check the path")
     if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise ConfigError("the recipe file is too large", where=str(path), got=f"{path.stat().st_size} bytes",
-                          expected=f"at most {MAX_RECIPE_BYTES}")
+        raise ConfigError(
+            "the recipe file is too large",
+            where=str(path),
+            got=f"{path.stat().st_size} bytes",
+            expected=f"at most {MAX_RECIPE_BYTES}",
+        )
     try:
         loaded = _load_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " ")) from None
     if not isinstance(loaded, dict):
-        raise ConfigError("the recipe is not a mapping", where=str(path), got=type(loaded).__name__,
-                          expected="keys such as pool, method, budget")
+        raise ConfigError(
+            "the recipe is not a mapping",
+            where=str(path),
+            got=type(loaded).__name__,
+            expected="keys such as pool, method, budget",
+        )
     return loaded
 
 
@@ -279,8 +298,12 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[tuple[str, Any]]
         for part in parts[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise ConfigError("this field has no parts", where=f"--set {key}", got=part,
-                                  do="see gradsift methods or recipe.yaml of an earlier run for the names")
+                raise ConfigError(
+                    "this field has no parts",
+                    where=f"--set {key}",
+                    got=part,
+                    do="see gradsift methods or recipe.yaml of an earlier run for the names",
+                )
             node = child
         node[parts[-1]] = value
     return result
@@ -310,14 +333,21 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         problems = [
             f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {str(e['input'])[:80]!r})" for e in error.errors()
         ]
-        raise ConfigError("the recipe is not valid", where="; ".join(problems),
-                          do="correct these fields in the recipe, --set or flags") from None
+        raise ConfigError(
+            "the recipe is not valid",
+            where="; ".join(problems),
+            do="correct these fields in the recipe, --set or flags",
+        ) from None
     for group, role in ((recipe.pool, "--pool"), (recipe.anchors, "--anchor")):
         labels = [source.label for source in group]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
-            raise ConfigError("a label is used twice", where=role, got=", ".join(repeated),
-                              do=f"give each a label of its own: {role} LABEL=PATH")
+            raise ConfigError(
+                "a label is used twice",
+                where=role,
+                got=", ".join(repeated),
+                do=f"give each a label of its own: {role} LABEL=PATH",
+            )
     parse_budget(recipe.budget)
     return recipe
 

@@ -134,8 +134,12 @@ class Budget:
         if len(given) != 1:
             raise BudgetError("a budget is rows, tokens or a percentage", got=self, expected="exactly one of them")
         if not np.isfinite(given[0]) or given[0] <= 0 or (self.percent is not None and self.percent > 100):
-            raise BudgetError("the budget is out of range", got=str(self), expected="10%, 500 or 20000tok, above 0",
-                              do="change --budget")
+            raise BudgetError(
+                "the budget is out of range",
+                got=str(self),
+                expected="10%, 500 or 20000tok, above 0",
+                do="change --budget",
+            )
 
     def __str__(self) -> str:
         if self.rows is not None:
@@ -251,9 +255,13 @@ class Problem:
                 raise ValueError(f"Problem.{name} has {len(array)} rows, expected {n}")
             if name != "sketch" and not np.isfinite(array).all():
                 bad = int(np.flatnonzero(~np.isfinite(array).reshape(n, -1).all(axis=1))[0])
-                raise NumericsError(f"signal {name} is not finite", where=f"row {self.ids[bad]}",
-                                    got=str(array[bad]), expected="a finite number",
-                                    do="give such rows the status NONFINITE_GRAD before selecting")
+                raise NumericsError(
+                    f"signal {name} is not finite",
+                    where=f"row {self.ids[bad]}",
+                    got=str(array[bad]),
+                    expected="a finite number",
+                    do="give such rows the status NONFINITE_GRAD before selecting",
+                )
             if array.flags.writeable:
                 array.flags.writeable = False
 

@@ -1,7 +1,7 @@
 """What a method is: needs, a registry, budgets, and taking rows in rank order.
 
-A method is a frozen dataclass whose fields are its settings. It declares what it needs, so a missing anchor or target is
-refused before a model loads, and it never walks the pool itself.
+A method is a frozen dataclass whose fields are its settings. It declares what it needs, so a missing anchor or target
+is refused before a model loads, and it never walks the pool itself.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Method(Protocol):
         ...
 
 
+NO_CUT = Cut(0.0, 0.0)
 _REGISTRY: dict[str, type[Any]] = {}
 C = TypeVar("C", bound=type[Any])
 
@@ -85,8 +86,9 @@ def register(cls: C) -> C:
     """
     taken = _REGISTRY.get(cls.name)
     if taken is not None and taken.__qualname__ != cls.__qualname__:
-        raise ConfigError("a method name is registered twice", got=cls.name, where=f"{taken!r} and {cls!r}",
-                          do="rename one of them")
+        raise ConfigError(
+            "a method name is registered twice", got=cls.name, where=f"{taken!r} and {cls!r}", do="rename one of them"
+        )
     _REGISTRY[cls.name] = cls
     return cls
 
@@ -118,25 +120,38 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
     known = methods()
     if name == "ogs":
         raise ConfigError(
-            "the learned policy of ogs is not built yet", where="--method", got="ogs",
+            "the learned policy of ogs is not built yet",
+            where="--method",
+            got="ogs",
             expected="ogs_dual (set-level, recommended), hybrid, conflict or ogs_static",
-            do="use --method ogs_dual, which solves the constrained choice exactly on one set of signals")
+            do="use --method ogs_dual, which solves the constrained choice exactly on one set of signals",
+        )
     if name not in known:
-        raise ConfigError("there is no such method", where="--method", got=name, expected=", ".join(known),
-                          do="run gradsift methods")
+        raise ConfigError(
+            "there is no such method", where="--method", got=name, expected=", ".join(known), do="run gradsift methods"
+        )
     cls = known[name]
     fields = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(settings) - fields)
     if unknown:
-        raise ConfigError(f"{name} has no such setting", where="--set", got=", ".join(unknown),
-                          expected=", ".join(sorted(fields)) or "no settings", do="run gradsift methods")
+        raise ConfigError(
+            f"{name} has no such setting",
+            where="--set",
+            got=", ".join(unknown),
+            expected=", ".join(sorted(fields)) or "no settings",
+            do="run gradsift methods",
+        )
+    adapter: TypeAdapter[Any] = TypeAdapter(cls)
     try:
-        checked = TypeAdapter(cls).validate_python(dict(settings))
+        return adapter.validate_python(dict(settings))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"a setting of {name} has a wrong value", where=f"--set {'.'.join(map(str, first['loc']))}",
-                          got=repr(first["input"]), expected=first["msg"]) from None
-    return checked
+        raise ConfigError(
+            f"a setting of {name} has a wrong value",
+            where=f"--set {'.'.join(map(str, first['loc']))}",
+            got=repr(first["input"]),
+            expected=first["msg"],
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -169,14 +184,22 @@ def resolve_budget(problem: Problem, budget: Budget) -> Allowance:
         DataError: no row is eligible.
     """
     if problem.size == 0:
-        raise DataError("no usable row is left to select from", got=f"{problem.num_read} rows read, 0 usable",
-                        do="look at the statuses in the audit table; gradsift inspect shows one row")
+        raise DataError(
+            "no usable row is left to select from",
+            got=f"{problem.num_read} rows read, 0 usable",
+            do="look at the statuses in the audit table; gradsift inspect shows one row",
+        )
     if budget.percent is not None:
         return Allowance(max(1, int(np.floor(problem.size * budget.percent / 100 + 1e-9))), None)
     if budget.rows is not None:
         if budget.rows > problem.num_read:
-            raise BudgetError("the budget asks for more rows than were read", where="--budget", got=str(budget),
-                              expected=f"at most {problem.num_read} rows", do="lower the budget or add pool files")
+            raise BudgetError(
+                "the budget asks for more rows than were read",
+                where="--budget",
+                got=str(budget),
+                expected=f"at most {problem.num_read} rows",
+                do="lower the budget or add pool files",
+            )
         if budget.rows <= problem.size:
             return Allowance(budget.rows, None)
         text = f"{budget.rows} rows were asked, {problem.size} are eligible: all of them may be taken"
@@ -184,8 +207,13 @@ def resolve_budget(problem: Problem, budget: Budget) -> Allowance:
     assert budget.tokens is not None
     total = int(problem.num_trained.sum())
     if budget.tokens > problem.num_trained_read:
-        raise BudgetError("the budget asks for more trained tokens than were read", where="--budget", got=str(budget),
-                          expected=f"at most {problem.num_trained_read}tok", do="lower the budget or add pool files")
+        raise BudgetError(
+            "the budget asks for more trained tokens than were read",
+            where="--budget",
+            got=str(budget),
+            expected=f"at most {problem.num_trained_read}tok",
+            do="lower the budget or add pool files",
+        )
     if budget.tokens <= total:
         return Allowance(None, budget.tokens)
     text = f"{budget.tokens} trained tokens were asked, {total} are eligible: all rows may be taken"
@@ -239,8 +267,13 @@ def take_ranked(
     values = np.asarray(score, dtype=np.float64)
     if not np.isfinite(values[pool]).all():
         bad = pool[~np.isfinite(values[pool])][0]
-        raise NumericsError("a score is not finite", where=f"row {problem.ids[bad]}", got=str(values[bad]),
-                            expected="a finite score for every candidate", do="report this as a defect of the method")
+        raise NumericsError(
+            "a score is not finite",
+            where=f"row {problem.ids[bad]}",
+            got=str(values[bad]),
+            expected="a finite score for every candidate",
+            do="report this as a defect of the method",
+        )
     order = pool[np.lexsort((pool, -values[pool]))]
     chosen, skipped, cut_at = _walk(order, problem.num_trained, allowance)
     if cut_at >= len(order):
@@ -250,8 +283,13 @@ def take_ranked(
     undecided = np.abs(values[order] - edge) <= bound
     if margin > bound or not undecided[cut_at]:
         return Taken(chosen, order, skipped, Cut(margin, bound))
-    order = np.concatenate([order[~undecided & (values[order] > edge)], np.sort(order[undecided]),
-                            order[~undecided & (values[order] < edge)]])
+    order = np.concatenate(
+        [
+            order[~undecided & (values[order] > edge)],
+            np.sort(order[undecided]),
+            order[~undecided & (values[order] < edge)],
+        ]
+    )
     chosen, skipped, _ = _walk(order, problem.num_trained, allowance)
     window = np.sort(pool[np.abs(values[pool] - edge) <= bound])
     return Taken(chosen, order, skipped, Cut(margin, bound, tuple(problem.ids[i] for i in window)))
@@ -290,7 +328,7 @@ def build_selection(
     score: Float[np.ndarray, " N"],
     order: Sequence[int] | Int[np.ndarray, " n"],
     skipped: Int[np.ndarray, " s"] | None = None,
-    cut: Cut = Cut(0.0, 0.0),
+    cut: Cut = NO_CUT,
     kept: str = "score",
     why_kept: str | Callable[[int], str] = "",
     dropped: Mapping[int, tuple[str, str]] | None = None,
@@ -332,9 +370,11 @@ def build_selection(
     reasons = [f"rank {r} of {len(order)}, beyond the budget {budget}" for r in rank]
     for row, (code, text) in (dropped or {}).items():
         codes[row], reasons[row] = code, text
-    for row in (skipped if skipped is not None else ()):
+    for row in skipped if skipped is not None else ():
         codes[row] = "dropped:does_not_fit"
-        reasons[row] = f"rank {rank[row]} of {len(order)}, but its {problem.num_trained[row]} trained tokens did not fit"
+        reasons[row] = (
+            f"rank {rank[row]} of {len(order)}, but its {problem.num_trained[row]} trained tokens did not fit"
+        )
     for row in chosen:
         codes[row] = f"kept:{kept}"
         detail = why_kept(int(row)) if callable(why_kept) else why_kept
@@ -373,5 +413,10 @@ def require(problem: Problem, method: Method) -> None:
     """
     for name in sorted(method.needs.signals):
         if getattr(problem, name) is None:
-            raise SignalError(f"{method.name} needs the signal {name}", where="the collected signals", got="not measured",
-                              expected=f"a store that holds {name}", do="collect again with the same --out")
+            raise SignalError(
+                f"{method.name} needs the signal {name}",
+                where="the collected signals",
+                got="not measured",
+                expected=f"a store that holds {name}",
+                do="collect again with the same --out",
+            )
