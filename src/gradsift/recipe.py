@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -315,6 +315,34 @@ def _copy(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
+S = TypeVar("S", bound=Strict)
+
+
+def build_section(section: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Validate one section of a recipe.
+
+    Args:
+        section: its model.
+        values: its fields.
+        where: what a person is told is wrong.
+
+    Returns:
+        The section.
+
+    Raises:
+        ConfigError: a field is unknown, missing or has a wrong value; all of them are named.
+    """
+    try:
+        return section.model_validate(_copy(values))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {str(e['input'])[:80]!r})" for e in error.errors()
+        ]
+        raise ConfigError(
+            f"{where} is not valid", where="; ".join(problems), do="correct these fields in the recipe, --set or flags"
+        ) from None
+
+
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """Validate a nested mapping.
 
@@ -327,17 +355,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: a field is unknown, missing or has a wrong value; all of them are named.
     """
-    try:
-        recipe = Recipe.model_validate(_copy(values))
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {str(e['input'])[:80]!r})" for e in error.errors()
-        ]
-        raise ConfigError(
-            "the recipe is not valid",
-            where="; ".join(problems),
-            do="correct these fields in the recipe, --set or flags",
-        ) from None
+    recipe = build_section(Recipe, values, "the recipe")
     for group, role in ((recipe.pool, "--pool"), (recipe.anchors, "--anchor")):
         labels = [source.label for source in group]
         repeated = sorted({label for label in labels if labels.count(label) > 1})

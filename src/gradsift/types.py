@@ -217,6 +217,8 @@ class Problem:
         anchors: M protect directions.
         target: the target direction.
         noise: measured numerical bounds.
+        gram: float64 [M+1, M+1] dots between the *unit* directions, protect anchors in order, then the target; [M, M]
+            without a target.
 
     Raises:
         ValueError: rows out of order or arrays of the wrong length (our own mistake).
@@ -240,6 +242,7 @@ class Problem:
     anchors: tuple[Direction, ...] = ()
     target: Direction | None = None
     noise: Noise = Noise()
+    gram: Float[np.ndarray, "A A"] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -264,6 +267,24 @@ class Problem:
                 )
             if array.flags.writeable:
                 array.flags.writeable = False
+        self._check_gram()
+
+    def _check_gram(self) -> None:
+        if self.gram is None:
+            return
+        size = len(self.anchors) + (self.target is not None)
+        if self.gram.shape != (size, size):
+            raise ValueError(f"Problem.gram has shape {self.gram.shape}, expected {(size, size)}")
+        if not np.isfinite(self.gram).all():
+            bad = int(np.flatnonzero(~np.isfinite(self.gram).all(axis=1))[0])
+            names = [d.name for d in self.anchors] + ([self.target.name] if self.target else [])
+            raise NumericsError(
+                "the Gram matrix of the directions is not finite",
+                where=f"gram, row of {names[bad]}",
+                expected="finite dots between unit directions",
+                do="measure the anchors again",
+            )
+        self.gram.flags.writeable = False
 
     @property
     def size(self) -> int:
@@ -311,8 +332,9 @@ class Cut:
 
     Args:
         margin: difference of their scores (0 when nothing was left out).
-        bound: measured numerical bound on a score of this method.
-        undecided: ids whose score lies within the bound of the cut; settled by id.
+        bound: rows whose scores differ by more than this cannot trade places when the signals are measured again;
+            four times the bound on one score, because both rows and the window that is settled by id may move.
+        undecided: ids whose place on either side of the cut the measurement does not settle; settled by id.
     """
 
     margin: float

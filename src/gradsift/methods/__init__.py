@@ -1,1 +1,42 @@
-"""."""
+"""Selection methods, one file each; importing this package registers them all.
+
+``make_method(name, settings)`` builds one, ``methods()`` lists them; third parties register through the entry-point
+group ``gradsift.methods``.
+"""
+
+from __future__ import annotations
+
+from gradsift.methods import (
+    bm25,
+    conflict,
+    full,
+    hybrid,
+    length,
+    loss,
+    norm,
+    ogs_dual,
+    ogs_static,
+    random_,
+    target_cosine,
+)
+from gradsift.methods.base import Method, Needs, make_method, methods, register, require
+
+__all__ = [
+    "Method",
+    "Needs",
+    "bm25",
+    "conflict",
+    "full",
+    "hybrid",
+    "length",
+    "loss",
+    "make_method",
+    "methods",
+    "norm",
+    "ogs_dual",
+    "ogs_static",
+    "random_",
+    "register",
+    "require",
+    "target_cosine",
+]

@@ -1,1 +1,1 @@
-"""."""
+"""Report page, charts and selection card: functions of a finished run folder."""

@@ -1,0 +1,129 @@
+"""What a person sees while a run goes on: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gradsift.errors import Interrupted
+
+WORDS = {
+    "read": "reading rows",
+    "tokenize": "tokenizing",
+    "load": "loading the navigator",
+    "adapter": "preparing the adapter",
+    "anchors": "measuring anchors",
+    "collect": "measuring the pool",
+    "noise": "measuring rounding",
+    "select": "selecting",
+    "write": "writing",
+}
+
+
+class Screen:
+    """Progress on the terminal; also where a stop signal is noticed.
+
+    Args:
+        console: where to draw.
+        resume: the command that resumes the run.
+    """
+
+    def __init__(self, console: Console, resume: str) -> None:
+        self.console, self.resume = console, resume
+        self._stopped_by: int | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._begun = 0.0
+
+    def start(self, stage: str, total_tokens: int) -> None:
+        """Begin a stage."""
+        self._begun = time.perf_counter()
+        words = WORDS.get(stage, stage)
+        if total_tokens and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<22}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("tokens"),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(words, total=total_tokens, rate="")
+        elif total_tokens:
+            self.console.print(f"{words}: {total_tokens} tokens")
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Count work; raise when a signal has asked to stop."""
+        if self._bar is not None and self._task is not None:
+            done = self._bar.tasks[0].completed + tokens
+            rate = f"{done / max(time.perf_counter() - self._begun, 1e-9):.0f}/s"
+            self._bar.update(self._task, advance=tokens, rate=rate)
+        if self._stopped_by is not None:
+            self._close()
+            raise Interrupted(self._stopped_by, self.resume)
+
+    def finish(self, stage: str) -> None:
+        """End a stage and say how long it took."""
+        self._close()
+        if self._stopped_by is not None:
+            raise Interrupted(self._stopped_by, self.resume)
+        seconds = time.perf_counter() - self._begun
+        if seconds >= 0.5:
+            self.console.print(f"{WORDS.get(stage, stage)}: {seconds:.1f} s", style="dim", highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """Let SIGTERM, SIGINT and SIGHUP stop the run at the next micro-batch; a second SIGINT stops at once.
+
+        Yields:
+            Nothing.
+        """
+
+        def stop(number: int, _: FrameType | None) -> None:
+            if self._stopped_by is not None:
+                raise KeyboardInterrupt
+            self._stopped_by = number
+
+        names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {name: signal.signal(name, stop) for name in names}
+        try:
+            yield
+        finally:
+            self._close()
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """Make a plain table.
+
+    Args:
+        title: its title.
+        *columns: headings.
+        right: headings of right-aligned columns.
+
+    Returns:
+        An empty table.
+    """
+    out = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    for column in columns:
+        out.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return out

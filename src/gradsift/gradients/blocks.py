@@ -1,0 +1,343 @@
+"""Measuring one parameter's per-example gradients without ever keeping them.
+
+A parameter is a matrix [rows, cols]. Its per-example gradient arrives as outer products (a linear layer: sum over tokens
+of output gradient times input), as scattered rows (an embedding), or as a dense vector (norms and biases). From these a
+block adds each example's exact dots with M directions, exact squared norm and sketch to running totals. Gradients are
+formed tile by tile in a scratch buffer; tiles are summed in float64, since one long float32 sum over millions of entries
+loses 5e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradsift.gradients.project import Projector, fold_, signs
+
+TILE = 1 << 16  # entries of one gradient tile; 256 KiB in float32, half of a typical second-level cache
+FOLD_FIRST = 8  # a matrix this many times taller than the sketch is folded before its product, see _measure_outer
+CHUNK = 8  # examples whose tiles meet the directions in one product, so that each direction is read once for all
+
+
+@dataclass
+class Totals:
+    """Running totals of one micro-batch.
+
+    Args:
+        dots: float64 [B, M].
+        square: float64 [B] squared norms.
+        sketch: [B, D] or None.
+    """
+
+    dots: Float[Tensor, "B M"]
+    square: Float[Tensor, " B"]
+    sketch: Float[Tensor, "B D"] | None
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squared norms of one parameter's parts; a tied table's own squared norm also has their cross term.
+
+    Args:
+        linear: float64 [B], the part from linear uses.
+        looked_up: float64 [B], the part from lookups.
+    """
+
+    linear: Float[Tensor, " B"]
+    looked_up: Float[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Outer products of a linear layer, each example's tokens in one piece.
+
+    Args:
+        x: layer inputs, [B, T, cols] or [S, cols] when ``starts`` is given.
+        g: gradients of the layer's output, [B, T, rows] or [S, rows].
+        lengths: tokens per example; whatever lies beyond has zero gradient.
+        starts: first token of each example in a flat [S, .] layout, or None for padded batches.
+    """
+
+    x: Tensor
+    g: Tensor
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...] | None = None
+
+    def row(self, b: int) -> tuple[Float[Tensor, "L cols"], Float[Tensor, "L rows"]]:
+        """Give one example's inputs and output gradients as views."""
+        n = self.lengths[b]
+        if self.starts is None:
+            return self.x[b, :n], self.g[b, :n]
+        s = self.starts[b]
+        return self.x[s : s + n], self.g[s : s + n]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Rows of an embedding table that received gradient.
+
+    Args:
+        ids: int64 [B, T] row numbers.
+        g: [B, T, cols] gradient of each looked-up row.
+        lengths: tokens per example.
+    """
+
+    ids: Int[Tensor, "B T"]
+    g: Float[Tensor, "B T cols"]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A parameter's per-example gradient itself (vectors: norms and biases).
+
+    Args:
+        g: [B, rows * cols].
+    """
+
+    g: Float[Tensor, "B n"]
+
+
+Contribution = Outer | Scatter | Dense
+
+
+@dataclass
+class Block:
+    """One parameter as a matrix, its signs and its directions.
+
+    Args:
+        name: the parameter's name.
+        rows: outputs (vocabulary for an embedding); 1 for vectors.
+        cols: inputs.
+        row_sign: [rows] or None without a projector.
+        col_sign: [cols] or None.
+        offset: first bucket of the sketch.
+        directions: [M, rows * cols] sign-flipped unit directions, or None.
+        mean: [rows, cols] running sum of gradients when anchors are being built, or None.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    row_sign: Float[Tensor, " rows"] | None = None
+    col_sign: Float[Tensor, " cols"] | None = None
+    offset: int = 0
+    directions: Float[Tensor, "M n"] | None = None
+    mean: Float[Tensor, "rows cols"] | None = None
+    _scratch: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.rows * self.cols
+
+    def measure(self, parts: Sequence[Contribution], totals: Totals) -> Squares:
+        """Add every example's dots, squared norm and sketch of this parameter to the totals.
+
+        Args:
+            parts: everything that flowed into the parameter in this micro-batch.
+            totals: running totals, changed in place.
+
+        Returns:
+            Squared norms of the linear and of the looked-up part, apart.
+        """
+        before = totals.square.clone()
+        outers = [p for p in parts if isinstance(p, Outer)]
+        scatters = [p for p in parts if isinstance(p, Scatter)]
+        denses = [p for p in parts if isinstance(p, Dense)]
+        if self.mean is not None:
+            self._add_to_mean(outers, scatters, denses)
+        if len(outers) == 1 and outers[0].starts is None and self._fits_whole(outers[0]):
+            denses = [*denses, self._as_dense(outers[0])]
+            outers = []
+        if denses:
+            self._measure_dense(denses, totals)
+        if outers:
+            self._measure_outer(_join(outers), totals)
+        linear = totals.square - before
+        if scatters:
+            self._measure_scatter(scatters, totals)
+        squares = Squares(linear, totals.square - before - linear)
+        kinds = (bool(outers), bool(scatters), bool(denses))
+        if kinds == (True, True, False):
+            self._add_cross(_join(outers), scatters, totals)
+        elif sum(kinds) > 1:
+            raise AssertionError(f"no rule for the mixed uses of parameter {self.name}")
+        return squares
+
+    # -- outer products ------------------------------------------------------------------------------------------
+
+    def _fits_whole(self, outer: Outer) -> bool:
+        return outer.x.shape[0] * self.numel <= CHUNK * TILE
+
+    def _as_dense(self, outer: Outer) -> Dense:
+        """Form small gradients for the whole batch in one product; padding has zero output gradient."""
+        return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).view(outer.x.shape[0], -1))
+
+    def _measure_outer(self, outer: Outer, totals: Totals) -> None:
+        x = outer.x if self.col_sign is None else outer.x * self.col_sign
+        flipped = Outer(x, outer.g, outer.lengths, outer.starts)
+        dim = 0 if totals.sketch is None else totals.sketch.shape[1]
+        fold_rows_first = dim and self.rows >= FOLD_FIRST * dim
+        self._tiles(flipped, self.rows, totals, exact=True, fold=bool(dim) and not fold_rows_first)
+        if fold_rows_first:
+            # Rows r and r + D of a matrix land in the same buckets, so rows can be folded before the product: the
+            # sketch of a vocabulary-sized head then costs as much as that of a layer with D outputs.
+            folded = _fold_columns(flipped.g, self.row_sign, dim)
+            self._tiles(Outer(x, folded, outer.lengths, outer.starts), dim, totals, exact=False, fold=True)
+
+    def _tiles(self, outer: Outer, rows: int, totals: Totals, *, exact: bool, fold: bool) -> None:
+        """Walk the gradient in tiles of whole rows, CHUNK examples at a time."""
+        num, cols = len(outer.lengths), self.cols
+        height = max(1, min(rows, TILE // cols))
+        scratch = self._buffer(outer.x, min(CHUNK, num), height * cols)
+        live = [b for b in range(num) if outer.lengths[b]]
+        for low in range(0, rows, height):
+            high = min(rows, low + height)
+            sign = self.row_sign[low:high] if exact and self.row_sign is not None else None
+            for first in range(0, len(live), CHUNK):
+                some = live[first : first + CHUNK]
+                tile = scratch[: len(some), : (high - low) * cols]
+                for k, b in enumerate(some):
+                    x, g = outer.row(b)
+                    part = g[:, low:high] if sign is None else g[:, low:high] * sign
+                    torch.mm(part.t(), x, out=tile[k].view(high - low, cols))
+                self._measure_tile(tile, some, low * cols, totals, exact=exact, fold=fold)
+
+    def _measure_tile(
+        self, tile: Float[Tensor, "c n"], some: list[int], position: int, totals: Totals, *, exact: bool, fold: bool
+    ) -> None:
+        rows = some if len(some) < totals.square.shape[0] else slice(None)
+        if exact:
+            totals.square[rows] += _squares(tile)
+            if self.directions is not None:
+                dots = torch.mm(self.directions[:, position : position + tile.shape[1]], tile.t())
+                totals.dots[rows] += dots.t().double()
+        if fold and totals.sketch is not None:
+            if isinstance(rows, slice) or some == list(range(some[0], some[0] + len(some))):
+                fold_(totals.sketch[some[0] : some[0] + len(some)], tile, self.offset + position)
+            else:
+                for k, b in enumerate(some):
+                    fold_(totals.sketch[b : b + 1], tile[k : k + 1], self.offset + position)
+
+    def _buffer(self, like: Tensor, count: int, size: int) -> Tensor:
+        if self._scratch is None or self._scratch.shape[0] < count or self._scratch.shape[1] < size:
+            self._scratch = torch.empty(count, size, dtype=like.dtype, device=like.device)
+        return self._scratch
+
+    # -- dense ---------------------------------------------------------------------------------------------------
+
+    def _measure_dense(self, denses: Sequence[Dense], totals: Totals) -> None:
+        g = denses[0].g if len(denses) == 1 else torch.stack([d.g for d in denses]).sum(0)
+        if self.row_sign is not None and self.col_sign is not None:
+            g = (g.view(-1, self.rows, self.cols) * self.row_sign[:, None] * self.col_sign).view(g.shape)
+        totals.square += _squares(g)
+        if self.directions is not None:
+            totals.dots += torch.mm(g, self.directions.t()).double()
+        if totals.sketch is not None:
+            fold_(totals.sketch, g, self.offset)
+
+    # -- embeddings ----------------------------------------------------------------------------------------------
+
+    def _measure_scatter(self, scatters: Sequence[Scatter], totals: Totals) -> None:
+        for b in range(len(scatters[0].lengths)):
+            ids, summed = _sum_repeated(scatters, b)
+            if not ids.numel():
+                continue
+            if self.row_sign is not None and self.col_sign is not None:
+                summed = summed * self.row_sign[ids, None] * self.col_sign
+            totals.square[b] += summed.double().square().sum()
+            if self.directions is not None:
+                table = self.directions.view(-1, self.rows, self.cols)[:, ids]
+                totals.dots[b] += (table * summed).flatten(1).double().sum(1)
+            if totals.sketch is not None:
+                dim = totals.sketch.shape[1]
+                columns = torch.arange(self.cols, device=ids.device)
+                buckets = (self.offset + ids[:, None] * self.cols + columns) % dim
+                totals.sketch[b].index_add_(0, buckets.flatten(), summed.flatten())
+
+    def _add_cross(self, outer: Outer, scatters: Sequence[Scatter], totals: Totals) -> None:
+        """Add 2 <outer part, scattered part> of a tied table to the squared norm."""
+        for b in range(len(outer.lengths)):
+            x, g = outer.row(b)
+            ids, summed = _sum_repeated(scatters, b)
+            if x.shape[0] and ids.numel():
+                totals.square[b] += 2 * (g[:, ids] * (x @ summed.t())).double().sum()
+
+    # -- anchors -------------------------------------------------------------------------------------------------
+
+    def _add_to_mean(self, outers: Sequence[Outer], scatters: Sequence[Scatter], denses: Sequence[Dense]) -> None:
+        assert self.mean is not None
+        for outer in outers:
+            self.mean.addmm_(outer.g.reshape(-1, self.rows).t(), outer.x.reshape(-1, self.cols))
+        for scatter in scatters:
+            self.mean.index_add_(0, scatter.ids.reshape(-1), scatter.g.reshape(-1, self.cols))
+        for dense in denses:
+            self.mean += dense.g.sum(0).view(self.rows, self.cols)
+
+
+def make_block(
+    name: str, rows: int, cols: int, projector: Projector | None, *, dtype: torch.dtype, device: torch.device
+) -> Block:
+    """Build a block with its signs.
+
+    Args:
+        name: the parameter's name.
+        rows: outputs.
+        cols: inputs.
+        projector: seed and size of the sketch, or None.
+        dtype: arithmetic of the tiles.
+        device: where they live.
+
+    Returns:
+        A block without directions.
+    """
+    if projector is None:
+        return Block(name, rows, cols)
+    row = torch.from_numpy(signs(projector.seed, name, "row", rows)).to(device=device, dtype=dtype)
+    col = torch.from_numpy(signs(projector.seed, name, "col", cols)).to(device=device, dtype=dtype)
+    return Block(name, rows, cols, row, col, projector.offset(name))
+
+
+def _squares(tile: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
+    """Squared norm of each row in float64; on a CPU by BLAS dot, the fastest single read."""
+    if tile.device.type == "cpu":
+        rows = tile.numpy()
+        return torch.from_numpy(np.fromiter((np.dot(r, r) for r in rows), dtype=np.float64, count=len(rows)))
+    return torch.linalg.vector_norm(tile, dim=1).double().square()
+
+
+def _fold_columns(g: Float[Tensor, "... rows"], sign: Tensor | None, dim: int) -> Float[Tensor, "... D"]:
+    """Sum columns r, r + D, r + 2 D, ... of the sign-flipped output gradients."""
+    rows = g.shape[-1]
+    out = g.new_zeros(*g.shape[:-1], dim)
+    for low in range(0, rows, dim):
+        high = min(rows, low + dim)
+        part = g[..., low:high]
+        out[..., : high - low] += part if sign is None else part * sign[low:high]
+    return out
+
+
+def _join(outers: Sequence[Outer]) -> Outer:
+    """Put several uses of one layer behind each other in time: their gradients add up in the same product."""
+    if len(outers) == 1:
+        return outers[0]
+    rows = [[o.row(b) for o in outers] for b in range(len(outers[0].lengths))]
+    lengths = tuple(sum(x.shape[0] for x, _ in row) for row in rows)
+    starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    x = torch.cat([x for row in rows for x, _ in row])
+    g = torch.cat([g for row in rows for _, g in row])
+    return Outer(x, g, lengths, starts)
+
+
+def _sum_repeated(scatters: Sequence[Scatter], b: int) -> tuple[Int[Tensor, " u"], Float[Tensor, "u cols"]]:
+    """Sum the gradients of repeated ids of one example; without this a table's norm is wrong."""
+    ids = torch.cat([s.ids[b, : s.lengths[b]] for s in scatters])
+    g = torch.cat([s.g[b, : s.lengths[b]] for s in scatters])
+    unique, inverse = torch.unique(ids, return_inverse=True)
+    return unique, g.new_zeros(unique.shape[0], g.shape[1]).index_add_(0, inverse, g)

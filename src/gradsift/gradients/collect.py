@@ -1,0 +1,225 @@
+"""The one pass: rows in, shards of signals out (ours).
+
+Rows are measured in micro-batches of like length. A row's numbers do not depend on its neighbors beyond rounding; how far
+rounding moves them is measured on a few rows and handed on as the numerical bound. Memory errors halve the micro-batch
+and redo only that part; a row that does not fit alone gets its own status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from gradsift.data.batches import collate, plan_batches
+from gradsift.errors import NumericsError
+from gradsift.gradients.hooks import GradientEngine
+from gradsift.seeds import Stream
+from gradsift.store.shards import ShardResult
+from gradsift.store.spec import content_hash
+from gradsift.types import Noise, RowStatus, TokenRow
+
+CODE_VERSION = "gradients-1"
+SAFETY = 4.0  # the bound is this many times the largest difference seen
+BAD = (RowStatus.NONFINITE_LOSS, RowStatus.NONFINITE_GRAD)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a pass runs.
+
+    Args:
+        engine: the engine, entered.
+        directions: names of the engine's directions, in its order.
+        tokens_per_batch: longest row times rows of a micro-batch.
+        pad_id: padding token.
+        gradients: False measures losses only.
+        tick: called after every micro-batch with the rows and tokens done; raises to stop the run.
+    """
+
+    engine: GradientEngine
+    directions: tuple[str, ...]
+    tokens_per_batch: int
+    pad_id: int
+    gradients: bool = True
+    tick: Callable[[int, int], None] = lambda rows, tokens: None
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What a few rows measured; NaN where a signal is not measured."""
+
+    loss: Float[np.ndarray, " n"]
+    norm: Float[np.ndarray, " n"]
+    emb: Float[np.ndarray, " n"]
+    head: Float[np.ndarray, " n"]
+    dots: Float[np.ndarray, "n M"]
+    sketch: Float[np.ndarray, "n D"] | None
+    fits: bool = True
+
+
+def measure_shard(run: Pass, rows: Sequence[TokenRow]) -> ShardResult:
+    """Measure some usable rows of like length.
+
+    Args:
+        run: engine and settings.
+        rows: n usable token rows, sorted by length.
+
+    Returns:
+        Their signals and statuses, in the order given.
+    """
+    parts, statuses = [], []
+    for batch in plan_batches(rows, range(len(rows)), run.tokens_per_batch):
+        some = [rows[i] for i in batch]
+        for values, part in _with_back_off(run, some):
+            parts.append(values)
+            statuses += [_status(values, k, row, run.gradients) for k, row in enumerate(part)]
+        run.tick(len(some), sum(row.num_tokens for row in some))
+    usable = np.array([status.usable for status, _ in statuses])
+
+    def column(name: str) -> Float[np.ndarray, ...]:
+        stacked = np.concatenate([getattr(p, name) for p in parts])
+        shape = (-1,) + (1,) * (stacked.ndim - 1)
+        return np.where(usable.reshape(shape), stacked, np.nan)
+
+    return ShardResult(
+        ids=tuple(row.id for row in rows),
+        content_hashes=tuple(content_hash(row.input_ids, row.trained) for row in rows),
+        status=tuple(status for status, _ in statuses),
+        reason=tuple(reason for _, reason in statuses),
+        num_tokens=np.array([row.num_tokens for row in rows]),
+        num_trained=np.array([row.num_trained for row in rows]),
+        loss=column("loss"),
+        grad_norm=column("norm"),
+        emb_grad_norm=column("emb"),
+        head_grad_norm=column("head"),
+        dots=column("dots"),
+        directions=run.directions if run.gradients else (),
+        sketch=column("sketch").astype(np.float32) if parts[0].sketch is not None else None,
+    )
+
+
+def _with_back_off(run: Pass, rows: Sequence[TokenRow]) -> Iterator[tuple[_Values, Sequence[TokenRow]]]:
+    """Measure rows; out of memory halves the batch, and only what failed is redone."""
+    try:
+        yield _measure(run, rows), rows
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        yield _empty(run, rows, fits=False), rows
+        return
+    half = len(rows) // 2
+    yield from _with_back_off(run, rows[:half])
+    yield from _with_back_off(run, rows[half:])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
+    batch = collate(rows, range(len(rows)), run.pad_id)
+    device = next(run.engine.model.parameters()).device
+    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    if not run.gradients:
+        return _empty(run, rows, loss=run.engine.losses(input_ids, labels).numpy())
+    got = run.engine.measure(input_ids, labels, batch.lengths)
+    return _Values(
+        got.loss.numpy(),
+        got.square.clamp_min(0).sqrt().numpy(),
+        got.emb_norm.numpy(),
+        got.head_norm.numpy(),
+        got.dots.numpy(),
+        None if got.sketch is None else got.sketch.numpy(),
+    )
+
+
+def _empty(
+    run: Pass, rows: Sequence[TokenRow], *, loss: Float[np.ndarray, " n"] | None = None, fits: bool = True
+) -> _Values:
+    n = len(rows)
+    nan = np.full(n, np.nan)
+    projector = run.engine.projector
+    sketch = np.full((n, projector.dim), np.nan) if run.gradients and projector is not None else None
+    num_directions = len(run.directions) if run.gradients else 0
+    return _Values(nan if loss is None else loss, nan, nan, nan, np.full((n, num_directions), np.nan), sketch, fits)
+
+
+def _status(values: _Values, k: int, row: TokenRow, gradients: bool) -> tuple[RowStatus, str]:
+    if not values.fits:
+        return RowStatus.OOM_AT_1, f"its {row.num_tokens} tokens do not fit in memory alone"
+    if not np.isfinite(values.loss[k]):
+        return RowStatus.NONFINITE_LOSS, f"its loss is {values.loss[k]}"
+    if gradients:
+        if not (np.isfinite(values.norm[k]) and np.isfinite(values.dots[k]).all()):
+            return RowStatus.NONFINITE_GRAD, f"its gradient norm is {values.norm[k]}"
+        if values.norm[k] == 0:
+            return RowStatus.ZERO_GRAD, "its gradient is zero, so it has no direction"
+    return row.status, row.reason
+
+
+def measure_noise(
+    run: Pass, rows: Sequence[TokenRow], shard_values: Callable[[str], ShardResult], stream: Stream, *, count: int = 8
+) -> Noise:
+    """Measure a few rows again, each alone, and compare with what its batch gave.
+
+    Args:
+        run: engine and settings.
+        rows: the usable rows of the pool.
+        shard_values: id -> the one-row result that is stored.
+        stream: names which rows are drawn.
+        count: how many rows.
+
+    Returns:
+        Bounds: SAFETY times the largest difference, and never below 16 units of rounding of the arithmetic used.
+    """
+    keys = stream.uniform([row.id for row in rows])
+    drawn = [rows[i] for i in np.argsort(keys, kind="stable")[:count]]
+    floor = 16 * float(torch.finfo(run.engine.dtype).eps)
+    loss = norm = cos = 0.0
+    for row in drawn:
+        alone, stored = measure_shard(run, [row]), shard_values(row.id)
+        if not (alone.usable[0] and stored.usable[0]):
+            continue
+        loss = max(loss, abs(float(alone.loss[0] - stored.loss[0])))
+        if run.gradients:
+            norm = max(norm, abs(float(alone.grad_norm[0] / stored.grad_norm[0] - 1)))
+            if run.directions:
+                difference = alone.dots / alone.grad_norm[:, None] - stored.dots / stored.grad_norm[:, None]
+                cos = max(cos, float(np.abs(difference).max()))
+    largest_loss = max((abs(float(shard_values(row.id).loss[0])) for row in drawn), default=1.0)
+    return Noise(
+        loss=SAFETY * loss + floor * max(1.0, largest_loss),
+        norm=SAFETY * norm + floor,
+        cos=SAFETY * cos + floor,
+        num_rows=len(drawn),
+    )
+
+
+def refuse_if_mostly_bad(counts: dict[RowStatus, int], abort_share: float) -> None:
+    """Stop a run whose rows are mostly not finite: the model or its arithmetic is broken, not the rows.
+
+    Args:
+        counts: measured rows by status.
+        abort_share: largest accepted share of non-finite rows.
+
+    Raises:
+        NumericsError: the share is exceeded and at least 20 rows were measured.
+    """
+    total, bad = sum(counts.values()), sum(counts.get(status, 0) for status in BAD)
+    if total >= 20 and bad > abort_share * total:
+        raise NumericsError(
+            "too many rows have a loss or gradient that is not finite",
+            got=f"{bad} of {total} rows",
+            expected=f"at most {abort_share:.0%}",
+            do="run gradsift doctor; try navigator.dtype=float32, or raise collect.abort_share",
+        )

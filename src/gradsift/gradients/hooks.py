@@ -1,0 +1,394 @@
+"""The engine: hooks keep each layer's input, take the gradient of its output, and measure at once.
+
+Every weight is frozen, so the weight-gradient product of an ordinary backward is never run; the embedding's output
+carries the gradient down. Right-padded batches need no attention mask in a causal model: no real token sees a later one,
+and padding gets zero gradient. Logits exist only at supervised positions: the LM head's input is gathered before the
+product, so no [B, T, V] tensor is ever made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gradsift.errors import ModelError
+from gradsift.gradients.blocks import Block, Contribution, Totals, make_block
+from gradsift.gradients.layers import LayerRule, Seen, rule_for
+from gradsift.gradients.project import Projector
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Signals of one micro-batch, on the CPU.
+
+    Args:
+        loss: float64 [B] mean nats per trained token.
+        square: float64 [B] squared gradient norm over the chosen parameters.
+        dots: float64 [B, M] exact dots with the unit directions.
+        sketch: [B, D] or None.
+        emb_norm: float64 [B] norm of the input embedding's gradient (lookup part only when tied).
+        head_norm: float64 [B] norm of the LM head's gradient (head part only when tied).
+    """
+
+    loss: Float[Tensor, " B"]
+    square: Float[Tensor, " B"]
+    dots: Float[Tensor, "B M"]
+    sketch: Float[Tensor, "B D"] | None
+    emb_norm: Float[Tensor, " B"]
+    head_norm: Float[Tensor, " B"]
+
+
+@dataclass
+class _Use:
+    """One chosen parameter of one module."""
+
+    block: Block
+    local: str
+
+
+@dataclass
+class _Batch:
+    """State of the micro-batch in flight."""
+
+    lengths: tuple[int, ...]
+    head_lengths: tuple[int, ...]
+    head_starts: tuple[int, ...]
+    positions: Tensor
+    totals: Totals
+    emb_square: Tensor
+    head_square: Tensor
+
+
+class GradientEngine:
+    """Measures per-example gradients of a frozen causal language model.
+
+    Args:
+        model: a causal language model; put into eval mode, all weights frozen.
+        names: parameters to measure (names of ``model.named_parameters()``; tied weights once).
+        projector: seed and size of the sketch, or None for none.
+        directions: name -> [M, rows * cols] sign-flipped unit directions, from :meth:`flatten`; or None.
+        building: also sum the gradients themselves, to build an anchor.
+
+    Raises:
+        ModelError: the model has no LM head that can be hooked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        projector: Projector | None = None,
+        directions: Mapping[str, Tensor] | None = None,
+        building: bool = False,
+    ) -> None:
+        self.model = model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.projector = projector
+        self.num_directions = 0 if not directions else next(iter(directions.values())).shape[0]
+        self._embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self._head = model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(self._head, nn.Linear):
+            raise ModelError(
+                "the model has no LM head that gradsift can hook",
+                got=type(self._head).__name__,
+                expected="a causal language model whose output embedding is a linear layer",
+                do="choose another --navigator",
+            )
+        self.blocks: dict[str, Block] = {}
+        self._uses: dict[nn.Module, list[_Use]] = defaultdict(list)
+        self._rules: dict[nn.Module, LayerRule] = {}
+        self.uncovered = self._map_parameters(set(names))
+        for name, block in self.blocks.items():
+            if directions:
+                block.directions = directions[name]
+            if building:
+                block.mean = torch.zeros(block.rows, block.cols, dtype=self.dtype, device=self._device)
+        self._head_block = self._weight_block(self._head)
+        self._embedding_block = self._weight_block(self._embedding)
+        self._lookups = {module for module in self._uses if isinstance(module, nn.Embedding)}
+        self._takes_positions = _accepts_positions(model)
+        self._batch: _Batch | None = None
+        self._expected: dict[str, int] = {}
+        self._pending: dict[str, list[Contribution]] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic of the measurement: float64 for a float64 model, float32 otherwise (bfloat16 is widened)."""
+        return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _map_parameters(self, wanted: set[str]) -> tuple[str, ...]:
+        """Find the module and rule of each wanted parameter; return the names that no rule covers."""
+        first_name = {id(p): name for name, p in self.model.named_parameters()}
+        covered = set()
+        for module in self.model.modules():
+            rule = rule_for(module)
+            for local, parameter in module.named_parameters(recurse=False):
+                name = first_name[id(parameter)]
+                if name not in wanted or rule is None:
+                    continue
+                if name not in self.blocks:
+                    rows, cols = rule.shape(module, local)
+                    self.blocks[name] = make_block(
+                        name, rows, cols, self.projector, dtype=self.dtype, device=self._device
+                    )
+                self._uses[module].append(_Use(self.blocks[name], local))
+                self._rules[module] = rule
+                covered.add(name)
+        return tuple(sorted(wanted - covered))
+
+    def _weight_block(self, module: nn.Module) -> Block | None:
+        return next((use.block for use in self._uses.get(module, ()) if use.local == "weight"), None)
+
+    def matrix(self, name: str, value: Tensor) -> Float[Tensor, "rows cols"]:
+        """View a parameter-shaped tensor as the block's matrix.
+
+        Args:
+            name: a covered parameter.
+            value: tensor in the parameter's own shape.
+
+        Returns:
+            [rows, cols].
+        """
+        block = self.blocks[name]
+        for module, uses in self._uses.items():
+            if any(use.block is block for use in uses):
+                return self._rules[module].to_matrix(value)
+        raise KeyError(name)
+
+    def flatten(self, name: str, matrices: Sequence[Float[Tensor, "rows cols"]]) -> Float[Tensor, "M n"]:
+        """Turn direction matrices into the sign-flipped rows that blocks multiply with.
+
+        Args:
+            name: a covered parameter.
+            matrices: M matrices of the block's shape.
+
+        Returns:
+            [M, rows * cols].
+        """
+        block = self.blocks[name]
+        stacked = torch.stack(list(matrices))
+        if block.row_sign is not None and block.col_sign is not None:
+            stacked = stacked * block.row_sign[:, None] * block.col_sign
+        return stacked.reshape(len(matrices), -1).contiguous()
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> GradientEngine:
+        hooked = set(self._uses) | {self._embedding, self._head}
+        for module in hooked:
+            self._handles.append(module.register_forward_hook(self._after_forward))
+        # First of the head's pre-hooks, so that other hooks see the gathered input as well.
+        self._handles.append(self._head.register_forward_pre_hook(self._gather, prepend=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self._batch is not None
+        hidden = inputs[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self._batch.positions][None], *inputs[1:])
+
+    def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not output.requires_grad and (module is self._embedding or module in self._lookups):
+            output.requires_grad_(True)
+        if not output.requires_grad:
+            return
+        for use in self._uses.get(module, ()):
+            self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
+        x = inputs[0].detach()
+        output.register_hook(lambda g: self._after_backward(module, x, g))
+
+    def _after_backward(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        assert self._batch is not None
+        batch, head = self._batch, module is self._head
+        g = g.detach().to(self.dtype)
+        x = x.to(self.dtype) if x.is_floating_point() else x
+        if head:
+            seen = Seen(x[0], g[0], batch.head_lengths, batch.head_starts)
+            if self._head_block is None:
+                batch.head_square = _head_squares(seen)
+        else:
+            lengths = batch.lengths if x.shape[0] == len(batch.lengths) else None
+            if lengths is None:
+                raise ModelError(
+                    "a layer shares one computation between examples, so its gradient cannot be told apart",
+                    where=type(module).__name__,
+                    got=f"input shape {tuple(x.shape)} in a batch of {len(batch.lengths)}",
+                    do="choose another --navigator or leave the layer out of navigator.parameters",
+                )
+            seen = Seen(x, g, lengths)
+            if module is self._embedding and self._embedding_block is None:
+                batch.emb_square = _embedding_squares(self._rules.get(module), module, seen)
+        if module not in self._uses:
+            return
+        parts = dict(self._rules[module].parts(module, seen))
+        for use in self._uses[module]:
+            self._arrive(use.block, parts[use.local])
+
+    def _arrive(self, block: Block, part: Contribution) -> None:
+        """Measure a parameter once everything that flows into it has arrived (tied or reused weights: several)."""
+        assert self._batch is not None
+        waiting = self._pending.setdefault(block.name, [])
+        waiting.append(part)
+        if len(waiting) == self._expected[block.name]:
+            squares = block.measure(waiting, self._batch.totals)
+            if block is self._head_block:
+                self._batch.head_square = squares.linear
+            if block is self._embedding_block:
+                self._batch.emb_square = squares.looked_up
+            del self._pending[block.name]
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def losses(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """Measure losses only: one forward, no backward.
+
+        Args:
+            input_ids: [B, T] right-padded tokens.
+            labels: [B, T] with -100 where no loss is taken.
+
+        Returns:
+            float64 [B] mean nats per trained token.
+        """
+        with self._running(input_ids, labels):
+            loss, _ = self._loss(self._logits(input_ids), labels)
+        return loss.cpu()
+
+    def measure(
+        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]
+    ) -> Measured:
+        """Measure every signal of a micro-batch: one forward, one backward to activations.
+
+        Args:
+            input_ids: [B, T] right-padded tokens.
+            labels: [B, T] with -100 where no loss is taken; every row trains at least one token.
+            lengths: [B] real tokens per row.
+
+        Returns:
+            Losses, squared norms, dots, sketches, embedding and head norms.
+        """
+        with self._running(input_ids, labels, lengths) as batch:
+            logits = self._logits(input_ids)
+            loss, slope = self._loss(logits, labels)
+            torch.autograd.backward(logits, slope.to(logits.dtype)[None])
+            if self._pending:
+                raise AssertionError(f"no gradient arrived for {sorted(self._pending)}")
+            totals = batch.totals
+            return Measured(
+                loss.cpu(),
+                totals.square.cpu(),
+                totals.dots.cpu(),
+                None if totals.sketch is None else totals.sketch.cpu(),
+                batch.emb_square.clamp_min(0).sqrt().cpu(),
+                batch.head_square.clamp_min(0).sqrt().cpu(),
+            )
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        # Explicit positions: a shared [1, T] position lookup would sum the batch's gradients into one.
+        extra = {}
+        if self._takes_positions:
+            extra["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.model(input_ids=input_ids, use_cache=False, **extra).logits
+
+    @contextmanager
+    def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Iterator[_Batch]:
+        size, width = input_ids.shape
+        supervised = labels[:, 1:] != -100
+        rows, columns = supervised.nonzero(as_tuple=True)
+        counts = supervised.sum(1)
+        starts = torch.cumsum(counts, 0) - counts
+        zeros = torch.zeros(size, dtype=torch.float64, device=self._device)
+        dim = None if self.projector is None else self.projector.dim
+        self._batch = _Batch(
+            tuple((lengths if lengths is not None else torch.full((size,), width)).tolist()),
+            tuple(counts.tolist()),
+            tuple(starts.tolist()),
+            rows * width + columns,
+            Totals(
+                torch.zeros(size, self.num_directions, dtype=torch.float64, device=self._device),
+                zeros.clone(),
+                None if dim is None else torch.zeros(size, dim, dtype=self.dtype, device=self._device),
+            ),
+            zeros.clone(),
+            zeros.clone(),
+        )
+        self._expected.clear()
+        self._pending.clear()
+        try:
+            yield self._batch
+        finally:
+            self._batch = None
+            self._expected.clear()
+            self._pending.clear()
+
+    def _loss(self, logits: Float[Tensor, "1 S V"], labels: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """Losses [B] in float64 and the slope of their sum at the logits [S, V] (softmax minus one-hot, over T_i)."""
+        assert self._batch is not None
+        supervised = labels[:, 1:] != -100
+        targets = labels[:, 1:][supervised]
+        rows = supervised.nonzero()[:, 0]
+        counts = supervised.sum(1)
+        wide = logits.detach()[0]
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        log_norm = torch.logsumexp(wide, -1)
+        nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
+        loss = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device).index_add_(0, rows, nats) / counts
+        if not torch.is_grad_enabled():
+            return loss, wide
+        slope = torch.exp(wide - log_norm[:, None])
+        slope[torch.arange(len(targets), device=targets.device), targets] -= 1
+        # A row whose loss is not finite is reported by its loss; it must not poison its own status with NaN slopes.
+        weight = torch.where(loss.isfinite(), 1.0 / counts.double(), torch.zeros_like(loss))
+        slope = torch.nan_to_num(slope) * weight[rows, None].to(slope.dtype)
+        return loss, slope
+
+
+def _accepts_positions(model: nn.Module) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return "position_ids" in inspect.signature(inner.forward).parameters
+
+
+def _head_squares(seen: Seen) -> Float[Tensor, " B"]:
+    """Squared norm of the LM head's gradient by two Gram matrices: sum_tu (d_t . d_u)(h_t . h_u) (grads.md 2.1)."""
+    assert seen.starts is not None
+    out = []
+    for start, n in zip(seen.starts, seen.lengths, strict=True):
+        x, g = seen.x[start : start + n], seen.g[start : start + n]
+        out.append(((g @ g.t()).double() * (x @ x.t()).double()).sum())
+    return torch.stack(out)
+
+
+def _embedding_squares(rule: LayerRule | None, module: nn.Module, seen: Seen) -> Float[Tensor, " B"]:
+    """Squared norm of the input embedding's gradient, repeated tokens summed first."""
+    rule = rule or rule_for(module)
+    if rule is None:
+        return torch.full((len(seen.lengths),), float("nan"), dtype=torch.float64, device=seen.g.device)
+    scatter = dict(rule.parts(module, seen))["weight"]
+    size = (len(seen.lengths), int(scatter.g.shape[-1]))  # type: ignore[union-attr]
+    out = []
+    for b, n in enumerate(seen.lengths):
+        ids, inverse = torch.unique(seen.x[b, :n], return_inverse=True)
+        summed = seen.g.new_zeros(ids.shape[0], size[1]).index_add_(0, inverse, scatter.g[b, :n])  # type: ignore[union-attr]
+        out.append(summed.double().square().sum())
+    return torch.stack(out)

@@ -1,0 +1,185 @@
+"""``--dry-run``: rows, tokens, memory, disk and time before anything is spent.
+
+Time is arithmetic: multiplications per token times tokens, over the speed of a matrix product measured now, times the
+share of it that whole models reach. It is right within about a factor of two; the progress bar knows better.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gradsift.methods import make_method
+from gradsift.pipeline.measure import measured_rows, wants_gradients
+from gradsift.pipeline.prepare import Prepared, prepare
+from gradsift.pipeline.progress import Clock, Progress
+from gradsift.recipe import Recipe, parse_budget
+
+REACHED = 0.6  # share of a matrix product's speed that a forward and backward of a whole model reaches on a CPU
+BYTES_PER_ROW = 220  # row table and record, beside the sketch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Args:
+        rows: usable rows per role.
+        read: rows read per role.
+        tokens: tokens to measure per role; none where the method needs no model.
+        trained: trained tokens of the pool.
+        budget: what was asked.
+        num_parameters: weights of the navigator.
+        cost: ``text``, ``forward`` or ``gradient``.
+        memory_bytes: resident memory at the peak.
+        disk_bytes: signals on disk.
+        seconds: wall time of the measuring, rough.
+        remarks: notes on the data.
+    """
+
+    rows: dict[str, int]
+    read: dict[str, int]
+    tokens: dict[str, int]
+    trained: int
+    budget: str
+    num_parameters: int
+    cost: str
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+    remarks: tuple[str, ...]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Give the plan as (part, estimate) pairs for a table.
+
+        Yields:
+            Pairs of text.
+        """
+        for name, count in self.rows.items():
+            tokens = f", {self.tokens[name]:,} tokens to measure" if name in self.tokens else ""
+            yield f"rows of {name}", f"{count:,} usable of {self.read[name]:,} read{tokens}"
+        yield "budget", f"{self.budget} of {self.rows['pool']:,} rows with {self.trained:,} trained tokens"
+        yield "navigator", f"{self.num_parameters / 1e6:.1f}M weights, one {self.cost} pass"
+        yield "memory", f"about {self.memory_bytes / 2**30:.1f} GiB"
+        yield "disk", f"about {self.disk_bytes / 2**20:.1f} MiB of signals"
+        yield "time", f"about {human_time(self.seconds)} to measure (within a factor of two)"
+        for remark in self.remarks:
+            yield "note", remark
+
+
+def human_time(seconds: float) -> str:
+    """Write a duration.
+
+    Args:
+        seconds: how long.
+
+    Returns:
+        Such as ``45 s``, ``12 min`` or ``3.4 h``.
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def estimate(recipe: Recipe, progress: Progress) -> Plan:
+    """Read and tokenize everything and work out what measuring it would take; no weights are loaded.
+
+    Args:
+        recipe: the run's settings.
+        progress: who is told.
+
+    Returns:
+        The plan.
+    """
+    method = make_method(recipe.method.name, recipe.method.settings)
+    parse_budget(recipe.budget)
+    prepared = prepare(recipe, method, Clock(progress))
+    cost = "gradient" if wants_gradients(prepared) else method.needs.cost_class
+    counts = weight_count(prepared.resolved.folder)
+    measured = {"pool": sum(row.num_tokens for row in measured_rows(prepared))} if cost != "text" else {}
+    if cost == "gradient":
+        measured |= {s.name: sum(row.num_tokens for row in s.usable) for s in prepared.directions}
+    lora = recipe.navigator.parameters == "lora"
+    products = {"text": 0, "forward": 2, "gradient": 4 if lora else 6.5}[cost]
+    seconds = products * counts * sum(measured.values()) / (REACHED * product_speed()) if measured else 0.0
+    roles = (prepared.pool, *prepared.directions)
+    return Plan(
+        rows={s.name: len(s.usable) for s in roles},
+        read={s.name: len(s.tokens) for s in roles},
+        tokens=measured,
+        trained=sum(row.num_trained for row in prepared.pool.usable),
+        budget=recipe.budget,
+        num_parameters=counts,
+        cost=cost,
+        memory_bytes=_memory(prepared, counts, cost, lora),
+        disk_bytes=_disk(prepared, cost),
+        seconds=seconds,
+        remarks=tuple(note.text for note in prepared.notes),
+    )
+
+
+def weight_count(folder: Path) -> int:
+    """Count a model's weights from the headers of its safetensors files, without reading them.
+
+    Args:
+        folder: a model folder.
+
+    Returns:
+        Number of weights.
+    """
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                size = 1
+                for n in file.get_slice(name).get_shape():
+                    size *= n
+                total += size
+    return total
+
+
+def product_speed(seconds: float = 0.3) -> float:
+    """Measure floating-point operations per second of a float32 matrix product on this machine.
+
+    Args:
+        seconds: how long to measure.
+
+    Returns:
+        Operations (multiplications and additions) per second.
+    """
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    torch.mm(a, b)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        torch.mm(a, b)
+        count += 1
+    return count * 2 * 512**3 / (time.perf_counter() - begun)
+
+
+def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
+    config = json.loads((prepared.resolved.folder / "config.json").read_text("utf-8"))
+    width = int(config.get("hidden_size", config.get("n_embd", 1024)))
+    layers = int(config.get("num_hidden_layers", config.get("n_layer", 24)))
+    vocabulary = int(config.get("vocab_size", 50_000))
+    size = {"float32": 4, "bfloat16": 2, "float64": 8}[prepared.recipe.navigator.dtype]
+    tokens = max(prepared.recipe.collect.tokens_per_batch, max((r.num_tokens for r in prepared.pool.usable), default=0))
+    if cost == "text":
+        return 400 << 20
+    # Per token and layer a Llama-shaped block keeps about 16 vectors of the width; logits, their exponential and slope
+    # stand beside each other at the end of the forward.
+    activations = tokens * layers * width * 16 * size + tokens * vocabulary * 4 * 3
+    chosen = weights // 20 if lora else weights
+    directions = 2 * len(prepared.directions) * chosen * 4 if cost == "gradient" else 0
+    return (500 << 20) + weights * size + activations + directions
+
+
+def _disk(prepared: Prepared, cost: str) -> int:
+    sketch = 2 * prepared.recipe.collect.sketch_dim if cost == "gradient" else 0
+    return 0 if cost == "text" else len(measured_rows(prepared)) * (sketch + BYTES_PER_ROW)

@@ -1,0 +1,378 @@
+"""From tokens to signals: load the navigator, build the directions, walk the pool once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gradsift.data.batches import plan_shards
+from gradsift.errors import ConfigError, DataError, ModelError
+from gradsift.geometry.anchors import split_half
+from gradsift.gradients.collect import CODE_VERSION, Pass, measure_noise, measure_shard, refuse_if_mostly_bad
+from gradsift.gradients.directions import BuiltDirection, attach, build_direction, gram, load_direction, save_direction
+from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.project import VERSION, Projector
+from gradsift.gradients.warmup import warmed_adapter
+from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
+from gradsift.models.adapter import adapter_sha256, attach_lora
+from gradsift.models.load import Navigator, load_navigator
+from gradsift.models.parameters import Coverage, Parameters, choose_parameters, coverage
+from gradsift.pipeline.prepare import Prepared
+from gradsift.pipeline.progress import Clock
+from gradsift.seeds import stream
+from gradsift.store.shards import ShardResult
+from gradsift.store.signals import SignalStore, open_store
+from gradsift.store.spec import GradientSpec, Projection, compare, read_spec, store_folder
+from gradsift.store.writer import open_writer
+from gradsift.types import Direction, Noise, Note, RowStatus, TokenRow
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the pass left behind.
+
+    Args:
+        navigator: the model that measured.
+        parameters: the weights that count.
+        coverage: share of them that the signals see.
+        spec: what the numbers mean.
+        store: the signals.
+        directions: facts of the anchors, then the target.
+        gram: float64 [K, K] inner products of the unit directions, in that order.
+        noise: measured numerical bounds.
+        notes: remarks for the report.
+    """
+
+    navigator: Navigator
+    parameters: Parameters
+    coverage: Coverage
+    spec: GradientSpec
+    store: SignalStore
+    directions: tuple[Direction, ...]
+    gram: Float[np.ndarray, "K K"]
+    noise: Noise
+    notes: tuple[Note, ...]
+
+
+def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
+    """Give the pool rows that are measured: usable ones, the first of each set of exact copies.
+
+    Args:
+        prepared: the run's inputs.
+
+    Returns:
+        Token rows in input order.
+    """
+    copies = {row.id for row in prepared.pool.pool.rows if row.copy_of is not None}
+    return tuple(row for row in prepared.pool.usable if row.id not in copies)
+
+
+def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
+    """Measure every usable pool row, resuming what an earlier run committed.
+
+    Args:
+        prepared: the run's inputs.
+        out: the run folder.
+        clock: timing and progress.
+
+    Returns:
+        The signals and what is known of the directions.
+
+    Raises:
+        DataError: rows that were measured earlier are no longer in the pool.
+    """
+    recipe, gradients = prepared.recipe, wants_gradients(prepared)
+    notes: list[Note] = []
+    with clock.stage("load"):
+        navigator = load_navigator(prepared.resolved, dtype=recipe.navigator.dtype, device=recipe.navigator.device)
+        notes += navigator.notes
+        _check_fit(prepared, navigator)
+    rows = measured_rows(prepared)
+    model: nn.Module = navigator.model
+    if recipe.navigator.parameters == "lora" and gradients:
+        with clock.stage("adapter"):
+            model, remark = _with_adapter(prepared, navigator, rows, out, clock)
+            notes += remark
+    parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
+    projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
+    engine = GradientEngine(model, parameters.names if gradients else (), projector=projector)
+    covered = coverage(parameters, engine.blocks if gradients else parameters.names)
+    notes += _coverage_note(covered)
+    spec = _spec(prepared, navigator, model, parameters, gradients)
+    _refuse_other_spec(out / "signals", spec)
+    folder = store_folder(out / "signals", spec)
+    built = _directions(prepared, model, parameters, folder, clock) if gradients else []
+    attach(engine, built)
+    run = Pass(
+        engine,
+        tuple(d.name for d in built),
+        recipe.collect.tokens_per_batch,
+        prepared.pad_id,
+        gradients,
+        lambda n, tokens: clock.tick("collect", n, tokens),
+    )
+    _collect(prepared, run, rows, folder, spec, clock)
+    store = open_store(folder, spec)
+    with clock.stage("noise"):
+        quiet = dataclasses.replace(run, tick=lambda n, tokens: clock.tick("noise", n, tokens))
+        noise = _noise(quiet, rows, store, folder, recipe.seed)
+    facts = tuple(_facts(d, prepared, recipe.seed) for d in built)
+    notes += _reliability_notes(facts)
+    return Measurement(
+        navigator,
+        parameters,
+        covered,
+        spec,
+        store,
+        facts,
+        gram(built) if built else np.zeros((0, 0)),
+        noise,
+        tuple(notes),
+    )
+
+
+def wants_gradients(prepared: Prepared) -> bool:
+    """Tell whether the pass needs a backward: the method's signals, or all of them."""
+    return prepared.recipe.collect.signals == "all" or prepared.method.needs.cost_class == "gradient"
+
+
+def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
+    """Refuse tokens that the model cannot take, before any is measured."""
+    table = navigator.model.get_input_embeddings().weight.shape[0]
+    longest = getattr(navigator.model.config, "max_position_embeddings", None)
+    for source in (prepared.pool, *prepared.directions):
+        for row in source.usable:
+            top = int(row.input_ids.max())
+            if top >= table:
+                raise ModelError(
+                    "the tokenizer makes ids that the model has no embedding for",
+                    where=f"row {row.id} of {source.name}",
+                    got=f"id {top}",
+                    expected=f"below {table}",
+                    do="use the tokenizer that belongs to the model; gradsift doctor checks this",
+                )
+            if longest is not None and row.num_tokens > longest:
+                raise ConfigError(
+                    "a row is longer than the model's positions",
+                    where=f"row {row.id} of {source.name}; data.max_length",
+                    got=f"{row.num_tokens} tokens",
+                    expected=f"at most {longest}",
+                    do=f"--set data.max_length={longest}",
+                )
+
+
+def _with_adapter(
+    prepared: Prepared, navigator: Navigator, rows: Sequence[TokenRow], out: Path, clock: Clock
+) -> tuple[Any, list[Note]]:
+    lora, seed = prepared.recipe.navigator.lora, prepared.recipe.seed
+    if lora.warmup_share == 0:
+        text = (
+            "the adapter starts at B = 0, so only the gradients of B carry signal (those of A are exactly zero); "
+            "--set navigator.lora.warmup_share=0.05 trains it on a share of the pool first"
+        )
+        return attach_lora(navigator.model, lora, seed), [Note("lora_at_start", text)]
+    warmed = warmed_adapter(
+        navigator.model,
+        lora,
+        seed,
+        rows,
+        out / "adapter",
+        tokens_per_batch=prepared.recipe.collect.tokens_per_batch,
+        pad_id=prepared.pad_id,
+        tick=lambda n, tokens: clock.tick("adapter", n, tokens),
+    )
+    text = f"the adapter was trained on {warmed.num_rows} pool rows before measuring"
+    return warmed.model, [Note("lora_warmed", text, warmed.num_rows)]
+
+
+def _coverage_note(covered: Coverage) -> list[Note]:
+    if covered.enough:
+        return []
+    text = (
+        f"the signals see {covered.share:.1%} of the chosen parameters; not seen: {', '.join(covered.unseen[:6])}"
+        f"{' ...' if len(covered.unseen) > 6 else ''}"
+    )
+    return [Note("coverage", text, len(covered.unseen))]
+
+
+def _spec(
+    prepared: Prepared, navigator: Navigator, model: nn.Module, parameters: Parameters, gradients: bool
+) -> GradientSpec:
+    recipe = prepared.recipe
+    signals = ["loss"]
+    if gradients:
+        signals += ["grad_norm", "emb_grad_norm", "head_grad_norm", "sketch"]
+        signals += ["dots"] if prepared.directions else []
+    lora = gradients and parameters.kind == "lora"
+    return GradientSpec(
+        parameters=parameters.kind if gradients else "none",
+        parameters_sha256=hash_parts(name.encode() for name in (sorted(parameters.names) if gradients else ())),
+        model_sha256=navigator.model_sha256,
+        tokenizer_sha256=navigator.tokenizer_sha256,
+        loss_on=recipe.data.loss_on or "by shape",
+        max_length=recipe.data.max_length,
+        signals=tuple(signals),
+        code_version=CODE_VERSION,
+        anchors={s.name: s.digest for s in prepared.directions} if gradients else {},
+        projection=Projection(recipe.collect.sketch_dim, recipe.seed, VERSION) if gradients else None,
+        adapter_sha256=adapter_sha256(model) if lora else None,
+        template_sha256=prepared.rule.template_sha256,
+        dtype=recipe.navigator.dtype,
+    )
+
+
+def _refuse_other_spec(signals: Path, spec: GradientSpec) -> None:
+    """Refuse a run folder whose signals were measured with other settings, naming the fields."""
+    if not signals.is_dir():
+        return
+    for folder in sorted(signals.iterdir()):
+        old = read_spec(folder)
+        if old is not None:
+            compare(old, spec, where=str(folder))
+
+
+def _directions(
+    prepared: Prepared, model: nn.Module, parameters: Parameters, folder: Path, clock: Clock
+) -> list[BuiltDirection]:
+    recipe = prepared.recipe
+    projector = Projector(recipe.seed, recipe.collect.sketch_dim)
+    device = next(model.parameters()).device
+    place = folder / "directions"
+    make_folder(folder)
+    make_folder(place)
+    built = []
+    with clock.stage("anchors", sum(r.num_tokens for s in prepared.directions for r in s.usable)):
+        for source in prepared.directions:
+            digest = hash_parts([source.name.encode(), source.digest.encode()])
+            found = load_direction(source.name, place, digest, device)
+            if found is None:
+                found = build_direction(
+                    source.name,
+                    model,
+                    parameters.names,
+                    source.usable,
+                    projector,
+                    tokens_per_batch=recipe.collect.tokens_per_batch,
+                    pad_id=prepared.pad_id,
+                    tick=lambda n, tokens: clock.tick("anchors", n, tokens),
+                )
+                save_direction(found, place, digest)
+            built.append(found)
+    return built
+
+
+def _collect(
+    prepared: Prepared, run: Pass, rows: Sequence[TokenRow], folder: Path, spec: GradientSpec, clock: Clock
+) -> None:
+    recipe = prepared.recipe
+    made_by = {**versions(), "device": str(next(run.engine.model.parameters()).device)}
+    with open_writer(folder, spec, made_by=made_by) as writer, run.engine:
+        done = writer.committed_ids()
+        _refuse_removed(prepared, set(done), folder)
+        todo = sum(row.num_tokens for row in rows if row.id not in done)
+        if done:
+            clock.progress.say(f"resuming: {len(done)} of {len(rows)} rows were measured before")
+        with clock.stage("collect", todo):
+            for shard in plan_shards(rows, range(len(rows)), recipe.collect.rows_per_shard):
+                left = [rows[i] for i in shard if rows[i].id not in done]
+                if left:
+                    writer.commit(measure_shard(run, left))
+                    counts = Counter({RowStatus(k): n for k, n in writer.status_counts().items()})
+                    refuse_if_mostly_bad(counts, recipe.collect.abort_share)
+
+
+def _refuse_removed(prepared: Prepared, committed: set[str], folder: Path) -> None:
+    gone = sorted(committed - {row.id for row in prepared.pool.tokens})
+    if gone:
+        raise DataError(
+            "rows that were measured earlier are no longer in the pool",
+            where=str(folder),
+            got=f"{len(gone)} rows gone or edited, first {gone[0]}",
+            expected="the same rows, or more of them",
+            do="use another --out, or restore the pool file",
+        )
+
+
+def _noise(run: Pass, rows: Sequence[TokenRow], store: SignalStore, folder: Path, seed: int) -> Noise:
+    """Measure the numerical bound once per set of rows; a repeated run reads it back."""
+    path = folder / "noise.json"
+    key = hash_parts(sorted(row.id.encode("utf-8", "surrogatepass") for row in rows))
+    if path.is_file():
+        kept = json.loads(path.read_text("utf-8"))
+        if kept.pop("rows") == key:
+            return Noise(**kept)
+    with run.engine:
+        noise = measure_noise(run, rows, _one_row(store), stream(seed, "noise"))
+    write_json_atomic(path, {**dataclasses.asdict(noise), "rows": key})
+    return noise
+
+
+def _one_row(store: SignalStore) -> Callable[[str], ShardResult]:
+    def look_up(row: str) -> ShardResult:
+        at = store.positions([row])
+        return ShardResult(
+            *(tuple(getattr(store, f)[i] for i in at) for f in ("ids", "content_hashes", "status", "reason")),
+            *(getattr(store, f)[at] for f in ("num_tokens", "num_trained", "loss", "grad_norm")),
+            *(getattr(store, f)[at] for f in ("emb_grad_norm", "head_grad_norm", "all_dots")),
+            directions=store.spec.directions,
+        )
+
+    return look_up
+
+
+def _facts(direction: BuiltDirection, prepared: Prepared, seed: int) -> Direction:
+    reliability = split_half(direction.sketches, stream(seed, f"split_half/{direction.name}"))
+    return Direction(
+        direction.name,
+        "target" if prepared.target is not None and direction.name == prepared.target.name else "protect",
+        direction.norm,
+        direction.num_rows,
+        direction.num_tokens,
+        reliability.mean,
+        reliability.sd,
+    )
+
+
+def _reliability_notes(facts: Sequence[Direction]) -> list[Note]:
+    notes = []
+    for d in facts:
+        figure = f"split-half reliability {d.reliability:.2f} (sd {d.reliability_sd:.2f}, 20 splits, {d.num_rows} rows)"
+        if not d.reliable:
+            text = f"{d.name} has no reliable direction: {figure}, below 0.2; give it more rows or another source"
+            notes.append(Note("no_reliable_direction", text, d.num_rows))
+        elif d.reliability < 0.5:
+            text = f"the direction of {d.name} is weak: {figure}, below 0.5; more rows would make it firmer"
+            notes.append(Note("weak_anchor", text, d.num_rows))
+    return notes
+
+
+def refuse_weak(prepared: Prepared, facts: Mapping[str, Direction]) -> None:
+    """Refuse to constrain on a direction that is mostly noise, unless the user insists.
+
+    Args:
+        prepared: the run's inputs.
+        facts: directions by name.
+
+    Raises:
+        ConfigError: the method constrains on anchors and one is below 0.2 without ``allow_weak_anchor``.
+    """
+    weak = [d for d in facts.values() if d.role == "protect" and not d.reliable]
+    if weak and prepared.method.needs.constrains and not prepared.recipe.allow_weak_anchor:
+        raise ConfigError(
+            f"{prepared.method.name} constrains on anchors, and {weak[0].name} has no reliable direction",
+            where=f"--anchor {weak[0].name}",
+            got=f"split-half reliability {weak[0].reliability:.2f} (sd {weak[0].reliability_sd:.2f}) over {weak[0].num_rows} rows",
+            expected="at least 0.2; 0.5 is comfortable",
+            do="give more anchor rows or another source, or insist with --set allow_weak_anchor=true",
+        )

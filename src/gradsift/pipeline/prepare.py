@@ -1,0 +1,215 @@
+"""From files to tokens: everything that can be checked before a model loads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradsift.data.pool import Pool, read_pool
+from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
+from gradsift.errors import ConfigError, DataError
+from gradsift.methods import Method
+from gradsift.models.load import load_tokenizer
+from gradsift.models.resolve import Resolved, resolve_navigator
+from gradsift.pipeline.progress import Clock
+from gradsift.recipe import Recipe, SourceConfig
+from gradsift.store.spec import content_hash, set_hash
+from gradsift.types import Note, RowStatus, TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one role with their tokens.
+
+    Args:
+        role: ``pool``, ``anchor`` or ``target``.
+        name: ``pool``, the anchor's name, or ``target``.
+        pool: rows as read.
+        tokens: one token row per row, in input order.
+    """
+
+    role: str
+    name: str
+    pool: Pool
+    tokens: tuple[TokenRow, ...]
+
+    @property
+    def usable(self) -> tuple[TokenRow, ...]:
+        """Rows that may be measured or selected, copies of a kept row included."""
+        return tuple(row for row in self.tokens if row.status.usable)
+
+    @property
+    def status(self) -> Mapping[RowStatus, int]:
+        """Rows per status; the values add up to the rows read."""
+        return Counter(row.status for row in self.tokens)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the usable rows' tokens and masks, whatever their order."""
+        return set_hash(content_hash(row.input_ids, row.trained) for row in self.usable)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All inputs of a run, checked.
+
+    Args:
+        recipe: the run's settings.
+        method: the rule that will choose.
+        resolved: where the navigator is.
+        tokenizer: its tokenizer.
+        rule: which tokens carry loss.
+        pool: the candidates.
+        anchors: what must be kept.
+        target: what must be learned.
+        notes: remarks about the data.
+    """
+
+    recipe: Recipe
+    method: Method
+    resolved: Resolved
+    tokenizer: PreTrainedTokenizerBase
+    rule: MaskRule
+    pool: Source
+    anchors: tuple[Source, ...]
+    target: Source | None
+    notes: tuple[Note, ...]
+
+    @property
+    def directions(self) -> tuple[Source, ...]:
+        """Anchors in their order, then the target."""
+        return self.anchors if self.target is None else (*self.anchors, self.target)
+
+    @property
+    def pad_id(self) -> int:
+        """Padding token; it never carries loss, so any id will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if isinstance(pad, int) else 0
+
+
+def check_needs(recipe: Recipe, method: Method) -> None:
+    """Refuse a method that lacks an anchor or target, before anything is read.
+
+    Args:
+        recipe: the run's settings.
+        method: the rule that will choose.
+
+    Raises:
+        ConfigError: something is missing; the flag that gives it is named.
+    """
+    needs = method.needs
+    if needs.anchors and not recipe.anchors:
+        raise ConfigError(
+            f"{method.name} needs at least one anchor",
+            where="--anchor",
+            got="none",
+            expected="a set of rows that stands for what must be kept",
+            do="add --anchor NAME=PATH, for example --anchor math=math.jsonl",
+        )
+    if needs.target and recipe.target is None:
+        raise ConfigError(
+            f"{method.name} needs a target set",
+            where="--target",
+            got="none",
+            expected="a small set of rows like those the model must get better at",
+            do="add --target PATH",
+        )
+    taken = {source.label for source in recipe.anchors} & {"target"}
+    if taken:
+        raise ConfigError("an anchor may not be called target", where="--anchor", do="give it another name")
+
+
+def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
+    """Read and tokenize every input.
+
+    Args:
+        recipe: the run's settings.
+        method: the rule that will choose.
+        clock: timing and progress.
+
+    Returns:
+        Rows and tokens of every role.
+
+    Raises:
+        DataError: a pool, anchor or target has no usable row.
+    """
+    check_needs(recipe, method)
+    wanted = [("pool", "pool", recipe.pool)]
+    wanted += [("anchor", a.label, (a,)) for a in recipe.anchors]
+    if recipe.target is not None:
+        wanted.append(("target", "target", (SourceConfig(label="target", path=recipe.target),)))
+    with clock.stage("read"):
+        pools = [
+            (
+                role,
+                name,
+                read_pool(sources, fmt=recipe.data.format, dedup=recipe.data.dedup if role == "pool" else "drop"),
+            )
+            for role, name, sources in wanted
+        ]
+    with clock.stage("tokenize"):
+        resolved = resolve_navigator(recipe.navigator.model, recipe.navigator.revision)
+        tokenizer = load_tokenizer(resolved)
+        shapes = sorted({row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None})
+        rule = mask_rule(tokenizer, recipe.data.loss_on, shapes)
+        sources = [
+            Source(role, name, pool, tokenize_rows(pool.rows, tokenizer, rule, max_length=recipe.data.max_length))
+            for role, name, pool in pools
+        ]
+    for source in sources:
+        _refuse_unusable(source)
+    by_role: dict[str, list[Source]] = {role: [s for s in sources if s.role == role] for role in ("anchor", "target")}
+    prepared = Prepared(
+        recipe,
+        method,
+        resolved,
+        tokenizer,
+        rule,
+        sources[0],
+        tuple(by_role["anchor"]),
+        by_role["target"][0] if by_role["target"] else None,
+        (),
+    )
+    return Prepared(**{**_shallow(prepared), "notes": tuple(_data_notes(prepared))})
+
+
+def _shallow(prepared: Prepared) -> dict[str, Any]:
+    return {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
+
+
+def _refuse_unusable(source: Source) -> None:
+    if source.usable:
+        return
+    counts = ", ".join(f"{status.value} {n}" for status, n in sorted(source.status.items())) or "no rows at all"
+    first = next((row for row in source.tokens if row.reason), None)
+    raise DataError(
+        f"no usable row in the {source.role}" + ("" if source.role == source.name else f" {source.name}"),
+        where=", ".join(file.path for file in source.pool.files),
+        got=counts + (f"; first reason: {first.reason}" if first else ""),
+        expected="at least one row that trains a token",
+        do="check --format and --loss-on; gradsift inspect FILE --row 0 shows how a row is read",
+    )
+
+
+def _data_notes(prepared: Prepared) -> list[Note]:
+    """Rows of anchors or target that also stand in the pool, and truncated rows."""
+    notes = []
+    pool = {content_hash(row.input_ids, row.trained): row.id for row in prepared.pool.usable}
+    for source in prepared.directions:
+        shared = [pool[h] for h in (content_hash(r.input_ids, r.trained) for r in source.usable) if h in pool]
+        if shared:
+            text = (
+                f"{len(shared)} rows of {source.name} also stand in the pool; keep such sets apart from what is trained"
+            )
+            notes.append(Note("leak", text, len(shared), tuple(shared[:5])))
+    for source in (prepared.pool, *prepared.directions):
+        cut = [row for row in source.tokens if row.status is RowStatus.TRUNCATED]
+        if cut:
+            text = f"{len(cut)} rows of {source.name} were cut to {prepared.recipe.data.max_length} tokens, as the trainer will"
+            notes.append(Note("truncated", text, len(cut), tuple(row.id for row in cut[:5])))
+    return notes

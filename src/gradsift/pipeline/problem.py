@@ -1,0 +1,73 @@
+"""From signals to the problem a method sees: eligible rows in id order."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from gradsift.data.lexical import lexical_scores
+from gradsift.data.show import plain_text
+from gradsift.pipeline.measure import Measurement
+from gradsift.pipeline.prepare import Prepared
+from gradsift.types import Problem, TokenRow
+
+
+def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
+    """Join tokens and signals of the rows that may be selected.
+
+    Exact copies that were kept share the signals of the first copy.
+
+    Args:
+        prepared: the run's inputs.
+        measured: the signals, or None for methods that need no model.
+
+    Returns:
+        The problem; rows whose measurement failed are not in it.
+    """
+    first = {row.id: row.copy_of or row.id for row in prepared.pool.pool.rows}
+    rows = sorted(prepared.pool.usable, key=lambda row: row.id)
+    if measured is not None:
+        status = dict(zip(measured.store.ids, measured.store.status, strict=True))
+        rows = [row for row in rows if status[first[row.id]].usable]
+    source = {row.id: row.source for row in prepared.pool.pool.rows}
+    common = {
+        "ids": tuple(row.id for row in rows),
+        "sources": tuple(source[row.id] for row in rows),
+        "num_tokens": np.array([row.num_tokens for row in rows], dtype=np.int64),
+        "num_trained": np.array([row.num_trained for row in rows], dtype=np.int64),
+        "num_read": len(prepared.pool.tokens),
+        "num_trained_read": sum(row.num_trained for row in prepared.pool.tokens),
+        "lexical": _lexical(prepared, rows),
+    }
+    if measured is None:
+        return Problem(**common)
+    store = measured.store.take([first[row.id] for row in rows])
+    signals = store.spec.signals
+    anchors = [d for d in measured.directions if d.role == "protect"]
+    target = next((d for d in measured.directions if d.role == "target"), None)
+    return Problem(
+        **common,
+        loss=store.loss,
+        grad_norm=store.grad_norm if "grad_norm" in signals else None,
+        anchor_dot=store.dots([d.name for d in anchors]) if anchors else None,
+        target_dot=store.dots([target.name])[:, 0] if target else None,
+        gram=measured.gram if measured.directions else None,
+        sketch=store.gather([first[row.id] for row in rows]) if "sketch" in signals else None,
+        emb_grad_norm=store.emb_grad_norm if "emb_grad_norm" in signals else None,
+        head_grad_norm=store.head_grad_norm if "head_grad_norm" in signals else None,
+        anchors=tuple(anchors),
+        target=target,
+        noise=measured.noise,
+    )
+
+
+def _lexical(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:
+    if "lexical" not in prepared.method.needs.signals or prepared.target is None:
+        return None
+    pool = {row.id: row for row in prepared.pool.pool.rows}
+    target = {row.id: row for row in prepared.target.pool.rows}
+    return lexical_scores(
+        [row.id for row in rows],
+        [plain_text(pool[row.id]) for row in rows],
+        [plain_text(target[row.id]) for row in prepared.target.usable],
+    )

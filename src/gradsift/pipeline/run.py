@@ -1,0 +1,230 @@
+"""``select``: the whole road from files to a chosen file, its reasons and its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gradsift.data.export import write_selected
+from gradsift.errors import ConfigError
+from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
+from gradsift.methods import make_method
+from gradsift.pipeline.audit import audit_table, write_audit
+from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
+from gradsift.pipeline.measure import Measurement, measure, refuse_weak
+from gradsift.pipeline.prepare import Prepared, prepare
+from gradsift.pipeline.problem import build_problem
+from gradsift.pipeline.progress import Clock, Progress, Silent
+from gradsift.recipe import Recipe, dump_recipe, parse_budget
+from gradsift.report.card import render_card
+from gradsift.seeds import stream
+from gradsift.types import Problem, Selection
+
+FORMAT = 1
+
+__all__ = ["Outcome", "Progress", "Silent", "select"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Args:
+        selection: the choice.
+        out: the run folder.
+        files: chosen rows, audit table, card, manifest, and the report when it could be drawn.
+        manifest: content of ``manifest.json``.
+    """
+
+    selection: Selection
+    out: Path
+    files: tuple[Path, ...]
+    manifest: Mapping[str, Any]
+
+
+def select(
+    recipe: Recipe, out: Path, *, command: str = "gradsift.select(...)", progress: Progress | None = None
+) -> Outcome:
+    """Select rows and write the run folder; the same call resumes a run that was stopped.
+
+    Args:
+        recipe: everything that determines the run.
+        out: the run folder, made when absent.
+        command: what a person would type to get the same; goes into the manifest.
+        progress: who is told; nobody by default.
+
+    Returns:
+        The selection and the files.
+    """
+    clock = Clock(progress or Silent())
+    budget = parse_budget(recipe.budget)
+    method = make_method(recipe.method.name, recipe.method.settings)
+    _check_folder(out)
+    prepared = prepare(recipe, method, clock)
+    make_folder(out)
+    write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
+    needs_model = method.needs.cost_class != "text" or recipe.collect.signals == "all"
+    measured = measure(prepared, out, clock) if needs_model else None
+    if measured is not None:
+        refuse_weak(prepared, {d.name: d for d in measured.directions})
+    with clock.stage("select"):
+        problem = build_problem(prepared, measured)
+        selection = method.select(problem, budget, stream(recipe.seed, f"select/{method.name}"))
+        notes = (*prepared.notes, *(measured.notes if measured else ()))
+        selection = dataclasses.replace(selection, notes=(*notes, *selection.notes))
+    with clock.stage("write"):
+        files, manifest = _write(prepared, measured, problem, selection, out, command, clock)
+    return Outcome(selection, out, files, manifest)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse to write into a folder that is something else."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError("the run folder is a file", where="--out", got=str(out), do="name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").is_file():
+        raise ConfigError(
+            "the folder holds something else", where="--out", got=f"{out} without recipe.yaml",
+            expected="a new or empty folder, or an earlier run", do="name another folder",
+        )  # fmt: skip
+
+
+def _write(
+    prepared: Prepared,
+    measured: Measurement | None,
+    problem: Problem,
+    selection: Selection,
+    out: Path,
+    command: str,
+    clock: Clock,
+) -> tuple[tuple[Path, ...], dict[str, Any]]:
+    place = out / "selection"
+    make_folder(place)
+    exported = write_selected(prepared.pool.pool, selection.ids, place)
+    selection = dataclasses.replace(selection, notes=(*selection.notes, *exported.notes))
+    table = audit_table(prepared, measured, selection)
+    write_audit(table, place / "audit.parquet")
+    write_json_atomic(place / "examples.json", example_rows(prepared, measured, problem, selection))
+    manifest = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": versions(),
+        "git_sha": git_sha(Path(__file__).parent),
+        "inputs": _inputs(prepared),
+        "rows": _rows(prepared, table),
+        **_measured(prepared, measured),
+        "sketch": sketch_noise(problem),
+        "selection": _selection(selection),
+        **batch_checks(problem, selection, prepared.recipe.seed),
+        "cost": _cost(clock),
+    }
+    write_bytes_atomic(place / "README.md", render_card(manifest).encode("utf-8"))
+    write_json_atomic(out / "manifest.json", manifest)
+    return (*exported.paths, place / "audit.parquet", place / "README.md", out / "manifest.json"), manifest
+
+
+def _inputs(prepared: Prepared) -> list[dict[str, Any]]:
+    return [
+        {"role": source.role, "label": file.label, "path": file.path, "kind": file.kind, "sha256": file.sha256,
+         "num_rows": file.num_rows, "shapes": dict(file.shapes)}
+        for source in (prepared.pool, *prepared.directions)
+        for file in source.pool.files
+    ]  # fmt: skip
+
+
+def _rows(prepared: Prepared, table: Any) -> dict[str, Any]:
+    status = table["status"].to_pylist()
+    usable = [s in ("OK", "TRUNCATED") for s in status]
+    trained = table["num_trained"].to_pylist()
+    tokens = table["num_tokens"].to_pylist()
+    sources: dict[str, dict[str, int]] = {}
+    for name, ok, count in zip(table["source"].to_pylist(), usable, trained, strict=True):
+        entry = sources.setdefault(name, {"read": 0, "usable": 0, "trained_tokens": 0})
+        entry["read"] += 1
+        entry["usable"] += ok
+        entry["trained_tokens"] += count if ok else 0
+    return {
+        "read": len(status),
+        "status": dict(Counter(status)),
+        "usable": sum(usable),
+        "tokens": sum(n for n, ok in zip(tokens, usable, strict=True) if ok),
+        "trained_tokens": sum(n for n, ok in zip(trained, usable, strict=True) if ok),
+        "sources": sources,
+    }
+
+
+def _measured(prepared: Prepared, measured: Measurement | None) -> dict[str, Any]:
+    loss_on = prepared.recipe.data.loss_on
+    data = {"loss_on": loss_on, "max_length": prepared.recipe.data.max_length,
+            "template_sha256": prepared.rule.template_sha256}  # fmt: skip
+    if measured is None:
+        names = ("navigator", "spec", "spec_key", "directions", "direction_cos", "noise")
+        return {"data": data, **dict.fromkeys(names)}
+    navigator, covered = measured.navigator, measured.coverage
+    return {
+        "data": data,
+        "navigator": {
+            "name": prepared.recipe.navigator.model,
+            "source": navigator.resolved.source,
+            "source_sha256": navigator.resolved.source_sha256,
+            "model_sha256": navigator.model_sha256,
+            "tokenizer_sha256": navigator.tokenizer_sha256,
+            "architecture": navigator.architecture,
+            "parameters": measured.spec.parameters,
+            "num_parameters": measured.parameters.numel,
+            "coverage": covered.share,
+            "uncovered": list(covered.unseen),
+            "dtype": navigator.dtype,
+            "device": navigator.device,
+        },
+        "spec": measured.spec.fields(),
+        "spec_key": measured.spec.key,
+        "directions": [{**dataclasses.asdict(d), "reliable": d.reliable} for d in measured.directions] or None,
+        "direction_cos": {"names": [d.name for d in measured.directions], "matrix": measured.gram.tolist()}
+        if measured.directions
+        else None,
+        "noise": dataclasses.asdict(measured.noise),
+    }
+
+
+def _selection(selection: Selection) -> dict[str, Any]:
+    return {
+        "method": selection.method,
+        "config": dict(selection.config),
+        "budget": str(selection.budget),
+        "seed": selection.seed,
+        "num_rows": len(selection.ids),
+        "num_trained": selection.num_trained,
+        "num_skipped": selection.num_skipped,
+        "cut": {
+            "margin": selection.cut.margin,
+            "bound": selection.cut.bound,
+            "undecided": list(selection.cut.undecided),
+        },
+        "certificate": dataclasses.asdict(selection.certificate) if selection.certificate else None,
+        "mixture": dict(selection.mixture) if selection.mixture else None,
+        "notes": [dataclasses.asdict(note) for note in selection.notes],
+    }
+
+
+def _cost(clock: Clock) -> dict[str, Any]:
+    import torch
+
+    collected, seconds = clock.tokens.get("collect", 0), clock.seconds.get("collect", 0.0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+        "tokens": dict(clock.tokens),
+        "tokens_per_second": collected / seconds if seconds and collected else None,
+        "peak_memory_bytes": peak,
+        "num_threads": torch.get_num_threads(),
+        "num_cores": os.cpu_count(),
+    }

@@ -1,0 +1,169 @@
+"""Planted problems: rows with known gradients, in which the rows worth choosing are known.
+
+A row is a vector in a small space; every signal is computed from it by the definition, so nothing here is a stand-in
+for an engine, only a tiny world with the answer written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gradsift.types import Direction, Noise, Problem
+
+P, D, GROUPS = 24, 16, 4
+
+
+@dataclass(frozen=True)
+class PlantedRow:
+    id: str
+    source: str
+    num_trained: int
+    loss: float
+    gradient: np.ndarray  # [P]
+    lexical: float
+
+
+@dataclass(frozen=True)
+class World:
+    rows: tuple[PlantedRow, ...]
+    anchors: np.ndarray  # [M, P] mean gradients, not unit
+    target: np.ndarray | None  # [P]
+    good: frozenset[str]  # ids of the planted rows
+    noise: Noise = Noise()  # noqa: RUF009 - frozen
+
+    def problem(self, *, num_read: int | None = None) -> Problem:
+        return problem_from_rows(self.rows, self.anchors, self.target, noise=self.noise, num_read=num_read)
+
+
+def direction(name: str, role: str, vector: np.ndarray) -> Direction:
+    return Direction(name, role, float(np.linalg.norm(vector)), 64, 4096, 0.9, 0.02)
+
+
+def problem_from_rows(
+    rows: Sequence[PlantedRow],
+    anchors: np.ndarray,
+    target: np.ndarray | None,
+    *,
+    noise: Noise = Noise(),  # noqa: B008 - frozen
+    num_read: int | None = None,
+) -> Problem:
+    """Measure rows, in whatever order they come, and put them into a Problem in id order."""
+    rows = sorted(rows, key=lambda row: row.id)
+    gradients = np.array([row.gradient for row in rows])
+    unit_anchors = anchors / np.linalg.norm(anchors, axis=1, keepdims=True)
+    unit_target = None if target is None else target / np.linalg.norm(target)
+    directions = unit_anchors if unit_target is None else np.vstack([unit_anchors, unit_target])
+    project = np.random.default_rng(7).choice([-1.0, 1.0], size=(gradients.shape[1], D)) / np.sqrt(D)
+    num_trained = np.array([row.num_trained for row in rows], dtype=np.int64)
+    return Problem(
+        ids=tuple(row.id for row in rows),
+        sources=tuple(row.source for row in rows),
+        num_tokens=num_trained + 12,
+        num_trained=num_trained,
+        num_read=len(rows) if num_read is None else num_read,
+        num_trained_read=int(num_trained.sum()) + (0 if num_read is None else 50 * (num_read - len(rows))),
+        loss=np.array([row.loss for row in rows]),
+        grad_norm=np.linalg.norm(gradients, axis=1),
+        anchor_dot=gradients @ unit_anchors.T,
+        target_dot=None if unit_target is None else gradients @ unit_target,
+        sketch=(gradients @ project).astype(np.float32),
+        emb_grad_norm=np.linalg.norm(gradients[:, :6], axis=1),
+        head_grad_norm=np.linalg.norm(gradients[:, 6:12], axis=1),
+        lexical=np.array([row.lexical for row in rows]),
+        anchors=tuple(direction(f"anchor{m}", "protect", a) for m, a in enumerate(anchors)),
+        target=None if target is None else direction("target", "target", target),
+        noise=noise,
+        gram=directions @ directions.T,
+    )
+
+
+def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.2) -> World:
+    """Rows of which ``share`` carry the planted signal; all else is noise of the same distribution.
+
+    Signals: long, short, loss_{low,middle,high}, norm_{low,middle,high}, lexical, gradient (towards the target, and no
+    conflict; others towards it oppose an anchor), orthogonal (no anchor part).
+    """
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(P, P)))[0]
+    u_target, u_a, u_b = basis[0], basis[1], 0.8 * basis[2] + 0.6 * basis[1]
+    good = rng.permutation(n) < round(share * n)
+    towards = rng.permutation(n) < n // 2
+    rows = []
+    for i, (q, t) in enumerate(zip(good, towards, strict=True)):
+        gradient = rng.normal(scale=0.15, size=P) + 1.2 * basis[4 + rng.integers(GROUPS)]
+        side = rng.choice([-1.0, 1.0])
+        if signal == "gradient":
+            # Planted rows gain and harm nothing; as many others gain more but oppose the first anchor.
+            gradient += 1.5 * u_target + 0.3 * u_a + 0.3 * u_b if q else (2.0 * u_target - 1.5 * u_a if t else 0)
+        elif signal == "orthogonal" and not q:
+            gradient += side * rng.uniform(1, 2) * (u_a + u_b)
+        if signal == "orthogonal" and q:
+            gradient -= (gradient @ u_a) * u_a
+            gradient -= (gradient @ basis[2]) * basis[2]
+        middle = rng.normal(scale=0.03) if q else side * rng.uniform(0.4, 1.2)
+        if signal.startswith("norm"):
+            level = {"low": -1.0 * q + rng.normal(scale=0.3), "high": q + rng.normal(scale=0.3), "middle": middle}
+            gradient *= np.exp(level[signal[5:]]) / np.linalg.norm(gradient)
+        loss = 2 + rng.normal(scale=0.3)
+        if signal.startswith("loss"):
+            loss = {"low": loss - q, "high": loss + q, "middle": 2 + middle}[signal[5:]]
+        length = int(np.exp(rng.normal(3.5, 0.4)))
+        length = {"long": length + 60 * q, "short": max(1, length - 1000 * q)}.get(signal, length)
+        lexical = abs(rng.normal()) + (2.5 * q if signal == "lexical" else 0)
+        rows.append(
+            PlantedRow(f"r{(i * 7919) % 10007:05d}", f"s{i % 3}", length, float(loss), gradient, float(lexical))
+        )
+    anchors = np.array([1.3 * u_a, 0.7 * u_b])
+    return World(tuple(rows), anchors, 2.0 * u_target, frozenset(r.id for r, q in zip(rows, good, strict=True) if q))
+
+
+def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 2) -> Problem:
+    """A few rows whose signals lie about as close together as the noise, with exact ties among them."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(3, 13))
+
+    def levels(scale: float, *shape: int) -> np.ndarray:
+        return rng.integers(-4, 5, size=(n, *shape)) * scale * spread
+
+    norm = 2.0 * (1 + levels(noise.norm))
+    return Problem(
+        ids=tuple(f"r{i:02d}" for i in range(n)),
+        sources=tuple(rng.choice(["a", "b"], size=n)),
+        num_tokens=np.full(n, 20),
+        num_trained=rng.integers(1, 6, size=n),
+        num_read=n,
+        num_trained_read=5 * n,
+        loss=2.0 + levels(noise.loss),
+        grad_norm=norm,
+        anchor_dot=levels(noise.cos, num_anchors) * norm[:, None],
+        target_dot=(0.3 + levels(noise.cos)) * norm,
+        sketch=rng.normal(size=(n, 5)).astype(np.float32),
+        lexical=levels(1.0),
+        anchors=tuple(Direction(f"a{m}", "protect", 1.0 + m, 9, 99, 0.9, 0.0) for m in range(num_anchors)),
+        target=Direction("target", "target", 1.0, 9, 99, 0.9, 0.0),
+        noise=noise,
+        gram=np.eye(num_anchors + 1),
+    )
+
+
+def remeasured(problem: Problem, seed: int) -> Problem:
+    """The same rows measured again: every signal moves by less than its bound, often by nearly all of it."""
+    rng = np.random.default_rng(seed)
+
+    def jitter(like: np.ndarray) -> np.ndarray:
+        return rng.choice([-0.999, 0.0, 0.999, 0.5, -0.5], size=like.shape)
+
+    noise = problem.noise
+    norm = problem.grad_norm * (1 + noise.norm * jitter(problem.grad_norm))
+    anchor_cos = problem.anchor_cos + noise.cos * jitter(problem.anchor_cos)
+    target_cos = problem.target_cos + noise.cos * jitter(problem.target_cos)
+    return replace(
+        problem,
+        loss=problem.loss + noise.loss * jitter(problem.loss),
+        grad_norm=norm,
+        anchor_dot=anchor_cos * norm[:, None],
+        target_dot=target_cos * norm,
+    )
