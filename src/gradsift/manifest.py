@@ -145,24 +145,25 @@ def write_error(error: OSError, path: Path, num_bytes: int) -> StoreError:
     Args:
         error: what the system reported.
         path: the file that was being written.
-        num_bytes: bytes the file needs.
+        num_bytes: bytes the file needs, 0 for a folder.
 
     Returns:
         A DiskFullError for a full disk or quota, otherwise a StoreError.
     """
+    needs = f"{num_bytes} bytes for this file" if num_bytes else "a few bytes for one more name in this folder"
     if error.errno in _FULL:
         return DiskFullError(
             "the disk is full",
             where=str(path),
             got=_free(path.parent),
-            expected=f"{num_bytes} bytes for this file",
+            expected=needs,
             do="free space and run the same command again: what was committed is kept",
         )
     return StoreError(
         "the disk refused a write",
         where=str(path),
         got=f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})",
-        expected=f"{num_bytes} bytes written and flushed",
+        expected=f"{needs}, written and flushed",
         do="check the disk, then run the same command again: what was committed is kept",
     )
 
@@ -310,6 +311,9 @@ def seal(value: dict[str, Any]) -> bytes:
 
     Returns:
         The bytes of a file that :func:`unseal` accepts; any other bytes it refuses.
+
+    Raises:
+        ValueError: the mapping has a key ``seal``.
     """
     if "seal" in value:
         raise ValueError("a sealed mapping cannot hold the key 'seal'")

@@ -170,7 +170,7 @@ def test_rounded_in_rows_have_their_own_code():
     assert "swapped out" in chosen.reason[3]
 
 
-BUDGETS = [Budget(rows=9), Budget(percent=30), Budget(tokens=250)]
+BUDGETS = [Budget(rows=9), Budget(percent=30.0), Budget(tokens=250)]
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,62 +1,165 @@
 """Chat templates with generation markers, so that the loss can be taken on assistant turns.
 
 transformers needs ``{% generation %}`` markers in a template to say which tokens the assistant wrote, and most released
-templates have none. Where they lack, the trainer's own marked variant is used if TRL is installed and knows the
-template; otherwise the assistant's turn is marked by rewriting the one expression that renders it. Either way the marked
-template is only accepted when it renders the same text as the original on a set of conversations.
+templates have none. The trainer (TRL) swaps in a marked variant of the templates it knows, so its variant comes first;
+it lies in its package as a file and is found without importing TRL, which takes seconds. Otherwise the few expressions
+that render the assistant's turn are rewritten in place (``mark``); such a template is only accepted when it renders the
+same text as the original and marks what the assistant wrote and nothing else.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradsift.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Origin = Literal["tokenizer", "trl", "gradsift"]
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_Q = "['\"]"
-_ROLE = rf"message(?:\.role|\[{_Q}role{_Q}\])"
-_NL = r"(?:\\n|\n)"  # a JSON file's \n becomes a real line break inside the Jinja string
-_CONTENT = rf"(?P<content>message(?:\.content|\[{_Q}content{_Q}\])(?:\s*\|\s*trim)?)"
 
-# Each rule: the expression that renders a turn, and what it becomes. The end-of-turn token is trained, so that the model
-# learns to stop; the line break behind it is not.
-_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (  # ChatML in one expression (SmolLM2, Qwen1.5, many fine-tunes)
-        re.compile(
-            rf"\{{\{{-?\s*{_Q}<\|im_start\|>{_Q}\s*\+\s*{_ROLE}\s*\+\s*{_Q}{_NL}{_Q}\s*\+\s*{_CONTENT}\s*\+\s*"
-            rf"{_Q}<\|im_end\|>{_Q}\s*\+\s*{_Q}{_NL}{_Q}\s*-?\}}\}}"
-        ),
-        "{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
-        "{{ CONTENT + '<|im_end|>' }}{% endgeneration %}{% else %}{{ CONTENT + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
-    ),
-    (  # Zephyr and TinyLlama
-        re.compile(rf"\{{\{{-?\s*{_Q}<\|assistant\|>{_NL}{_Q}\s*\+\s*{_CONTENT}\s*\+\s*eos_token\s*-?\}}\}}"),
-        "{{ '<|assistant|>\\n' }}{% generation %}{{ CONTENT + eos_token }}{% endgeneration %}",
-    ),
-    (  # Llama 2 and Mistral: the assistant's words between two spaces or none, then the end token
-        re.compile(
-            rf"\{{\{{-?\s*(?P<before>{_Q} {_Q}\s*\+\s*)?{_CONTENT}\s*\+\s*(?P<after>{_Q} {_Q}\s*\+\s*)?eos_token\s*-?\}}\}}"
-        ),
-        "{% generation %}{{ BEFORE CONTENT + AFTER eos_token }}{% endgeneration %}",
-    ),
+
+def _quoted(text: str) -> str:
+    """Match a Jinja string; a line break in it is escaped, or real where a JSON file's escape was decoded."""
+    return "['\"]" + r"(?:\\n|\n)".join(re.escape(part) for part in text.split("\n")) + "['\"]"
+
+
+_ROLE = r"message(?:\.role|\[['\"]role['\"]\])"
+_CONTENT = r"(?P<content>message(?:\.content|\[['\"]content['\"]\])(?:\s*\|\s*trim)?)"
+_ASSISTANT_BRANCH = rf"(?P<head>\{{%-?\s*elif\s+{_ROLE}\s*==\s*['\"]assistant['\"]\s*-?%\}}\s*)"
+
+
+def _output(*parts: str) -> str:
+    """Match ``{{ a + b + c }}``; the whitespace control of both ends is kept as ``open`` and ``close``."""
+    return r"\{\{(?P<open>-?)\s*" + r"\s*\+\s*".join(parts) + r"\s*(?P<close>-?)\}\}"
+
+
+def _rule(pattern: str, new: str) -> tuple[re.Pattern[str], str]:
+    return re.compile(pattern, re.DOTALL), new
+
+
+_HEADER = "{{@open@ '<|im_start|>' + message['role'] + '\\n' }}"
+_SPLIT = (
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ @content@ + @end@ }}{% endgeneration %}"
+    "{% else %}{{ @content@ + @end@ }}{% endif %}"
+)
+# Behind the calls of a turn, before the branch of the tools' answers (Qwen).
+_END_OF_CALLS = _rule(
+    rf"(?P<end>\{{\{{-\s*{_quoted('<|im_end|>' + chr(10))}\s*\}}\}})(?P<next>\s*\{{%-\s*elif\s+{_ROLE}\s*==\s*['\"]tool['\"])",
+    "@end@{%- endgeneration %}@next@",
 )
 
-PROBES: tuple[tuple[dict[str, str], ...], ...] = (
-    ({"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Good day."}),
-    (
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "One\n\ntwo"},
-        {"role": "assistant", "content": "  three "},
-        {"role": "user", "content": "{{ four }} <b>"},
-        {"role": "assistant", "content": "f\u00fcnf \u4e94"},
+# Each family: expressions that all have to be there, and what they become. The end-of-turn token is trained, so that the
+# model learns to stop. Where TRL marks a line break around the turn as well (Qwen, Gemma), so do we: whether TRL is
+# installed must not change what is trained. ``{{ '' }}`` at a rewritten end keeps the line break of the original, which
+# a block tag would swallow.
+_FAMILIES: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
+    "qwen2.5": (
+        _rule(
+            _output(_quoted("<|im_start|>"), _ROLE, _quoted("\n"), _CONTENT, _quoted("<|im_end|>"), _quoted("\n")),
+            "{{@open@ '<|im_start|>' + message.role }}{% if message.role == 'assistant' %}{% generation %}"
+            "{{ '\\n' + @content@ + '<|im_end|>\\n' }}{% endgeneration %}"
+            "{% else %}{{ '\\n' + @content@ + '<|im_end|>\\n' }}{% endif %}{{ '' @close@}}",
+        ),
+        _rule(
+            _ASSISTANT_BRANCH + _output(_quoted("<|im_start|>"), _ROLE),
+            "@head@{{@open@ '<|im_start|>' + message.role @close@}}{%- generation %}",
+        ),
+        _END_OF_CALLS,
     ),
-    ({"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}),
+    "qwen3-instruct": (
+        _rule(
+            _ASSISTANT_BRANCH + _output(_quoted("<|im_start|>"), _ROLE, _quoted("\n"), "content"),
+            "@head@{{@open@ '<|im_start|>' + message.role + '\\n' }}{% generation %}{{ content @close@}}",
+        ),
+        _END_OF_CALLS,
+    ),
+    "chatml": (  # SmolLM2, Qwen1.5, Hermes and many fine-tunes
+        _rule(
+            _output(
+                _quoted("<|im_start|>"),
+                _ROLE,
+                _quoted("\n"),
+                _CONTENT,
+                rf"(?:{_quoted('<|im_end|>')}\s*\+\s*{_quoted(chr(10))}|{_quoted('<|im_end|>' + chr(10))})",
+            ),
+            _HEADER + _SPLIT.replace("@end@", "'<|im_end|>'") + "{{ '\\n' @close@}}",
+        ),
+    ),
+    "llama3.2": (
+        _rule(
+            _output(
+                _quoted("<|start_header_id|>"), _ROLE, _quoted("<|end_header_id|>\n\n"), _CONTENT, _quoted("<|eot_id|>")
+            ),
+            "{{@open@ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+            + _SPLIT.replace("@end@", "'<|eot_id|>'")
+            + "{{ '' @close@}}",
+        ),
+        _rule(
+            rf"(?P<head>\{{\{{-\s*{_quoted('<|start_header_id|>assistant<|end_header_id|>' + chr(10) * 2)}\s*-\}}\}})"
+            rf"\s*(?P<body>\{{\{{-\s*'\{{\"name\": \"'.{{,250}}?\{{\{{- \"<\|eot_id\|>\" \}}\}})(?P<next>\s*\{{%- elif)",
+            "@head@{% generation %}@body@{%- endgeneration %}@next@",
+        ),
+    ),
+    "llama3": (
+        _rule(
+            r"\{%(?P<open>-?) set content = "
+            + r"\s*\+\s*".join(
+                (_quoted("<|start_header_id|>"), _ROLE, _quoted("<|end_header_id|>\n\n"), _CONTENT, _quoted("<|eot_id|>"))
+            )
+            + r" %\}(?P<first>\{% if loop\.index0 == 0 %\}\{% set content = bos_token \+ content %\}\{% endif %\})"
+            + r"\{\{ content \}\}",
+            "{%@open@ set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' %}@first@"
+            "{{ content }}" + _SPLIT.replace("@end@", "'<|eot_id|>'") + "{{ '' }}",
+        ),
+    ),
+    "gemma": (
+        _rule(
+            _output(_quoted("<start_of_turn>"), "role", _quoted("\n"), _CONTENT, _quoted("<end_of_turn>\n")),
+            "{{@open@ '<start_of_turn>' + role + '\\n' }}"
+            + _SPLIT.replace("@end@", "'<end_of_turn>\\n'")
+            + "{{ '' @close@}}",
+        ),
+    ),
+    "zephyr": (  # and TinyLlama
+        _rule(
+            _output(_quoted("<|assistant|>\n"), _CONTENT, "eos_token"),
+            "{{@open@ '<|assistant|>\\n' }}{% generation %}{{ @content@ + eos_token }}{% endgeneration %}{{ '' @close@}}",
+        ),
+    ),
+    "llama2": (  # and Mistral: the assistant's words between two spaces or none, then the end token
+        _rule(
+            r"\{\{(?P<open>-?)\s*(?P<before>['\"] ['\"]\s*\+\s*)?"
+            + _CONTENT
+            + r"\s*\+\s*(?P<after>['\"] ['\"]\s*\+\s*)?eos_token\s*(?P<close>-?)\}\}",
+            "{{@open@ '' }}{% generation %}{{ @before@@content@ + @after@eos_token }}{% endgeneration %}{{ '' @close@}}",
+        ),
+    ),
+}
+
+_CALL = {"id": "abcdefgh9", "type": "function", "function": {"name": "PROBE", "arguments": {"x": "y"}}}
+PROBES: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({"role": "user", "content": "hello?"}, {"role": "assistant", "content": "GOOD DAY."}),
+    (
+        {"role": "system", "content": "be brief."},
+        {"role": "user", "content": "one\n\ntwo"},
+        {"role": "assistant", "content": "  THREE "},
+        {"role": "user", "content": "{{ four }} <b>"},
+        {"role": "assistant", "content": "F\u00dcNF \u4e94"},
+    ),
+    ({"role": "user", "content": "a"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "c"}),
+    (
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "tool_call_id": "abcdefgh9", "content": "rain."},
+        {"role": "assistant", "content": "IT RAINS."},
+    ),
 )
 
 
@@ -65,12 +168,12 @@ class MarkedTemplate:
     """A template that says which tokens the assistant wrote.
 
     Args:
-        text: the template.
-        origin: ``tokenizer`` (it had markers), ``trl`` or ``gradsift`` (we marked it).
+        text: Jinja text with generation markers.
+        origin: ``tokenizer`` (it had them), ``trl`` (its training variant) or ``gradsift`` (we put them in).
     """
 
     text: str
-    origin: str
+    origin: Origin
 
 
 def has_markers(template: str) -> bool:
@@ -101,10 +204,13 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def marked_template(tokenizer: PreTrainedTokenizerBase) -> MarkedTemplate:
-    """Find a template with generation markers that renders the same text as the tokenizer's own.
+    """Find the template with generation markers that the trainer is to use.
+
+    The tokenizer's own if it has markers; else TRL's training variant if TRL is installed and knows the template (it
+    may render some conversations differently, and the trainer then does so too); else our marked one.
 
     Args:
-        tokenizer: a tokenizer with a chat template.
+        tokenizer: any tokenizer.
 
     Returns:
         The template and where it came from.
@@ -114,48 +220,92 @@ def marked_template(tokenizer: PreTrainedTokenizerBase) -> MarkedTemplate:
     """
     original = template_text(tokenizer)
     if original is None:
-        raise ConfigError(
-            "the tokenizer has no chat template, so messages cannot be rendered",
-            where="navigator",
-            expected="a chat model, or rows with text or prompt and completion",
-            do="choose an instruct model as --navigator, or convert the rows",
-        )
+        raise no_template()
     if has_markers(original):
         return MarkedTemplate(original, "tokenizer")
-    for origin, candidate in (("gradsift", mark(original)), ("trl", _from_trl(tokenizer))):
-        if candidate is not None and renders_same(tokenizer, original, candidate):
-            return MarkedTemplate(candidate, origin)
+    theirs = trl_variant(original)
+    if theirs is not None:
+        return MarkedTemplate(theirs, "trl")
+    ours = mark(original)
+    if ours is not None and renders_same(tokenizer, original, ours):
+        return MarkedTemplate(ours, "gradsift")
+    missing = importlib.util.find_spec("trl") is None
     raise ConfigError(
         "the chat template does not say which tokens the assistant wrote",
         where="navigator's chat template",
-        got="no {% generation %} markers, and it is none that gradsift or TRL can mark",
+        got="no {% generation %} markers, and it is none that gradsift can mark"
+        + (" (TRL, which may know it, is not installed)" if missing else ", and none that TRL knows"),
         expected="a template with {% generation %} ... {% endgeneration %} around the assistant's turn",
-        do="--loss-on all, or a navigator folder whose chat_template.jinja has the markers",
+        do=("pip install 'gradsift[train]', or " if missing else "")
+        + "--loss-on all, or a navigator folder whose chat_template.jinja has the markers",
     )
 
 
-def mark(template: str) -> str | None:
-    """Put markers round the assistant's turn of a template we know how to read.
+def no_template() -> ConfigError:
+    """Build the refusal of a tokenizer that cannot render conversations.
+
+    Returns:
+        The error, to be raised.
+    """
+    return ConfigError(
+        "the tokenizer has no chat template, so messages cannot be rendered",
+        where="navigator",
+        got="no chat template",
+        expected="a chat model, or rows with text or with prompt and completion as strings",
+        do="choose an instruct model as --navigator, or convert the rows",
+    )
+
+
+def trl_variant(template: str) -> str | None:
+    """Find the training variant that TRL swaps in for a template, from the files of its package.
 
     Args:
         template: Jinja text without markers.
 
     Returns:
-        Marked Jinja text, or None when no rule fits.
+        Jinja text with markers, or None when TRL is absent or does not know the template.
     """
-    for pattern, replacement in _RULES:
-        found = pattern.search(template)
-        if found is None:
-            continue
-        groups = found.groupdict()
-        new = replacement.replace("CONTENT", groups["content"])
-        new = new.replace("BEFORE ", groups.get("before") or "").replace("AFTER ", groups.get("after") or "")
-        return template[: found.start()] + new + template[found.end() :]
+    spec = importlib.util.find_spec("trl")  # finds the package without importing it
+    if spec is None or spec.origin is None:
+        return None
+    for variant in sorted((Path(spec.origin).parent / "chat_templates").glob("*_training.jinja")):
+        base = variant.with_name(variant.name.replace("_training.jinja", ".jinja"))
+        if base.is_file() and base.read_text("utf-8") == template:
+            return variant.read_text("utf-8")
     return None
 
 
+def mark(template: str) -> str | None:
+    """Put markers round the assistant's turn of a template of a family we know.
+
+    Args:
+        template: Jinja text without markers.
+
+    Returns:
+        Marked Jinja text, or None when no family fits. Whether it renders the same is for ``renders_same`` to say.
+    """
+    for rules in _FAMILIES.values():
+        marked: str | None = template
+        for pattern, new in rules:
+            marked = _replace_first(marked, pattern, new)
+            if marked is None:
+                break
+        if marked is not None:
+            return marked
+    return None
+
+
+def _replace_first(template: str, pattern: re.Pattern[str], new: str) -> str | None:
+    found = pattern.search(template)
+    if found is None:
+        return None
+    groups = found.groupdict()
+    filled = re.sub(r"@(\w+)@", lambda name: groups[name[1]] or "", new)
+    return template[: found.start()] + filled + template[found.end() :]
+
+
 def renders_same(tokenizer: PreTrainedTokenizerBase, original: str, candidate: str) -> bool:
-    """Compare two templates on a set of conversations, and check that the candidate marks the assistant's words.
+    """Check a marked template against the one it was made from, on a set of conversations.
 
     Args:
         tokenizer: renders them.
@@ -163,7 +313,8 @@ def renders_same(tokenizer: PreTrainedTokenizerBase, original: str, candidate: s
         candidate: the marked one.
 
     Returns:
-        True when every conversation that the original accepts comes out the same, and tokens are marked.
+        True when every conversation that the original accepts comes out the same (and at least one does), and what the
+        assistant wrote is marked with its end-of-turn token, and nothing else is.
     """
     rendered = 0
     for messages in PROBES:
@@ -174,16 +325,41 @@ def renders_same(tokenizer: PreTrainedTokenizerBase, original: str, candidate: s
             if _render(tokenizer, messages, candidate, prompt) != want:
                 return False
             rendered += 1
-    if not rendered:
+            if not prompt and not _marks_assistant(tokenizer, messages, candidate):
+                return False
+    return rendered > 0
+
+
+def _marks_assistant(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], template: str) -> bool:
+    """One span per assistant turn: its words (or its call, if the template renders calls) and more, no one else's."""
+    text, spans = _marked_text(tokenizer, messages, template)
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if len(spans) != len(turns):
         return False
-    masks = tokenizer.apply_chat_template(
-        list(PROBES[0]), chat_template=candidate, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    for turn, span in zip(turns, spans, strict=True):
+        words = "PROBE" if "tool_calls" in turn and "PROBE" in text else turn["content"].strip()
+        if words not in span or (words and span.rstrip().endswith(words)):
+            return False
+    others = [message["content"].strip() for message in messages if message["role"] != "assistant"]
+    return not any(words in span for words in others for span in spans if len(words) > 1)
+
+
+def _marked_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], template: str
+) -> tuple[str, list[str]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[list(messages)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )
-    return 1 in masks["assistant_masks"]  # type: ignore[index,operator]
+    return texts[0], [texts[0][start:end] for start, end in spans[0]]
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], template: str, prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], template: str, prompt: bool
 ) -> str | None:
     try:
         text = tokenizer.apply_chat_template(
@@ -192,15 +368,3 @@ def _render(
     except Exception:  # templates raise what they like, for example for a system turn
         return None
     return str(text)
-
-
-def _from_trl(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        return None
-    try:
-        found: Any = get_training_chat_template(tokenizer)
-    except Exception:  # it raises ValueError for templates it does not know, and template errors for others
-        return None
-    return found if isinstance(found, str) else None

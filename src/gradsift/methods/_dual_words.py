@@ -100,8 +100,11 @@ def remarks(
     text = "sums count every row once, as a trainer does that averages the loss over rows; a trainer that averages over"
     notes = [Note("row_average", f"{text} the tokens of a batch weighs each row by its trained tokens")]
     if cut.undecided:
-        text = "errors within the measured bound could exchange some of these rows; the numbers as measured decided, "
-        notes.append(Note("undecided", f"{text}and the smaller id among equals", len(cut.undecided), cut.undecided[:5]))
+        text = "errors within the measured bound could exchange some of these rows"
+        if len(cut.undecided) == problem.size:
+            text = "errors within the measured bound could change a price or the cut itself, so no row is certain"
+        text += "; the numbers as measured decided, and the smaller id among equals"
+        notes.append(Note("undecided", text, len(cut.undecided), cut.undecided[:5]))
     if rho is not None and (clipped := np.flatnonzero((rho < 1) & whole.chosen)).size:
         assert problem.anchor_dot is not None
         raw = problem.anchor_dot[whole.chosen].sum(axis=0)

@@ -313,19 +313,27 @@ def _noise(run: Pass, rows: Sequence[TokenRow], store: SignalStore, folder: Path
         if kept.pop("rows") == key:
             return Noise(**kept)
     with run.engine:
-        noise = measure_noise(run, rows, _one_row(store), stream(seed, "noise"))
+        noise = measure_noise(
+            run, rows, _one_row(store, run.directions), stream(seed, "noise"), count=_probe_size(len(rows))
+        )
     write_json_atomic(path, {**dataclasses.asdict(noise), "rows": key})
     return noise
 
 
-def _one_row(store: SignalStore) -> Callable[[str], ShardResult]:
+def _probe_size(num_rows: int) -> int:
+    """Rows that are measured twice: 4%, at least 2 and at most 8."""
+    return min(8, max(2, num_rows // 25))
+
+
+def _one_row(store: SignalStore, directions: tuple[str, ...]) -> Callable[[str], ShardResult]:
     def look_up(row: str) -> ShardResult:
         at = store.positions([row])
         return ShardResult(
             *(tuple(getattr(store, f)[i] for i in at) for f in ("ids", "content_hashes", "status", "reason")),
             *(getattr(store, f)[at] for f in ("num_tokens", "num_trained", "loss", "grad_norm")),
-            *(getattr(store, f)[at] for f in ("emb_grad_norm", "head_grad_norm", "all_dots")),
-            directions=store.spec.directions,
+            *(getattr(store, f)[at] for f in ("emb_grad_norm", "head_grad_norm")),
+            dots=store.dots(directions)[at],
+            directions=directions,
         )
 
     return look_up

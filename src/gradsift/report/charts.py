@@ -265,7 +265,7 @@ def stages(seconds: Sequence[tuple[str, float]]) -> alt.LayerChart:
 
     labels = distinct([name for name, _ in seconds])
     rows = [{"stage": label, "seconds": value} for label, (_, value) in zip(labels, seconds)]
-    x = alt.X("seconds:Q", axis=alt.Axis(title="seconds", format="~g", tickCount=5))
+    x = alt.X("seconds:Q", stack=None, axis=alt.Axis(title="seconds", format="~g", tickCount=5))
     y = alt.Y("stage:N", sort=list(labels), axis=alt.Axis(title=None, grid=False))
-    bar = alt.Chart(_data(rows)).mark_bar(color=KEPT, opacity=0.8, height=11, cornerRadiusEnd=2).encode(x=x, y=y)
+    bar = alt.Chart(_data(rows)).mark_bar(color=KEPT, opacity=0.8, height=11).encode(x=x, y=y)
     return _chart([bar], 300, 26 * len(rows))

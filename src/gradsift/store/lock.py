@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class Holder:
     @property
     def here(self) -> bool:
         """Whether the holder runs, or ran, under this kernel."""
-        return self.boot == _boot() and self.host == socket.gethostname() if not self.boot else self.boot == _boot()
+        boot = _boot()
+        return self.boot == boot if boot else self.host == socket.gethostname()
 
     @property
     def alive(self) -> bool:
@@ -100,8 +102,6 @@ class Lock:
 
 
 def _weak(lock: Lock) -> Callable[[], None]:
-    import weakref
-
     reference = weakref.ref(lock)
 
     def forget() -> None:

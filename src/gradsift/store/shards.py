@@ -6,6 +6,7 @@ the entries of a unit gradient's sketch are near 1/sqrt(D). The norm itself is i
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from gradsift.store.ledger import FileMark, Record
 from gradsift.store.spec import GradientSpec
 from gradsift.types import RowStatus
 
+_TEXTS = ("ids", "content_hashes", "status", "reason")
 COLUMNS = ("loss", "grad_norm", "emb_grad_norm", "head_grad_norm")
 
 
@@ -73,7 +75,7 @@ class ShardResult:
 
     @property
     def usable(self) -> Bool[np.ndarray, " n"]:
-        """bool [n], rows whose status lets them be selected."""
+        """Which rows have a status that lets them be selected, bool [n]."""
         return np.array([status.usable for status in self.status], dtype=bool)
 
     @property
@@ -90,12 +92,10 @@ class ShardResult:
         Returns:
             Their results, in that order.
         """
-        return ShardResult(
-            *(tuple(getattr(self, f)[i] for i in rows) for f in ("ids", "content_hashes", "status", "reason")),
-            *(getattr(self, f)[rows] for f in ("num_tokens", "num_trained", *COLUMNS, "dots")),
-            directions=self.directions,
-            sketch=None if self.sketch is None else self.sketch[rows],
-        )
+        texts = {name: tuple(getattr(self, name)[i] for i in rows) for name in _TEXTS}
+        arrays = {name: getattr(self, name)[rows] for name in ("num_tokens", "num_trained", *COLUMNS, "dots")}
+        sketch = None if self.sketch is None else self.sketch[rows]
+        return dataclasses.replace(self, **texts, **arrays, sketch=sketch)
 
 
 def unit_name(ids: tuple[str, ...], content_hashes: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,7 @@ class SignalStore:
 
         Raises:
             StoreError: an id is not committed.
+            ValueError: an id is asked twice.
         """
         if len(set(ids)) != len(ids):
             raise ValueError("SignalStore.take needs unique ids")
@@ -235,7 +237,7 @@ def _assemble(
 ) -> SignalStore:
     ids = [name for table in tables for name in table.ids]
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    for a, b in zip(order, order[1:]):
+    for a, b in pairwise(order):
         if ids[a] == ids[b]:
             raise StoreError(
                 "a row is committed twice",
@@ -261,7 +263,10 @@ def _assemble(
         reason=text("reason"),
         num_tokens=numbers([table.num_tokens for table in tables], whole),
         num_trained=numbers([table.num_trained for table in tables], whole),
-        **{name: numbers([table.columns[name] for table in tables], none) for name in COLUMNS},
+        loss=numbers([table.columns["loss"] for table in tables], none),
+        grad_norm=numbers([table.columns["grad_norm"] for table in tables], none),
+        emb_grad_norm=numbers([table.columns["emb_grad_norm"] for table in tables], none),
+        head_grad_norm=numbers([table.columns["head_grad_norm"] for table in tables], none),
         all_dots=numbers([table.dots for table in tables], np.zeros((0, len(spec.directions)))),
         records=records,
         damaged_records=damaged,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from jaxtyping import Int
 
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import TMP_SUFFIX, fsync_folder, make_folder, write_bytes_atomic, write_error, write_file
@@ -92,6 +93,28 @@ class SignalWriter:
         """
         return MappingProxyType(self._committed)
 
+    def missing(self, ids: Sequence[str], content_hashes: Sequence[str]) -> Int[np.ndarray, " k"]:
+        """Tell which rows must still be measured.
+
+        Args:
+            ids: n row ids.
+            content_hashes: their content hashes.
+
+        Returns:
+            int64 [k] positions of the rows that are not committed, increasing.
+
+        Raises:
+            SpecError: a row is committed with other content.
+        """
+        rows = []
+        for row, (name, content) in enumerate(zip(ids, content_hashes, strict=True)):
+            old = self._committed.get(name)
+            if old is None:
+                rows.append(row)
+            elif old != content:
+                refuse_changed(name, old, content, self.folder)
+        return np.array(rows, dtype=np.int64)
+
     def status_counts(self) -> Mapping[str, int]:
         """Count the committed rows.
 
@@ -120,7 +143,7 @@ class SignalWriter:
             NumericsError: a usable row holds a number that is not finite; nothing is written.
         """
         self._refuse_closed()
-        new = self._new_rows(result)
+        new = self.missing(result.ids, result.content_hashes)
         if not new.size:
             return Committed("", 0, len(result.ids))
         part = result if len(new) == len(result.ids) else result.take(new)
@@ -156,16 +179,6 @@ class SignalWriter:
                 expected="no commit after a failed one, since the disk's state is unknown",
                 do="run the same command again: what was committed is kept",
             )
-
-    def _new_rows(self, result: ShardResult) -> np.ndarray:
-        rows = []
-        for row, (name, content) in enumerate(zip(result.ids, result.content_hashes)):
-            old = self._committed.get(name)
-            if old is None:
-                rows.append(row)
-            elif old != content:
-                refuse_changed(name, old, content, self.folder)
-        return np.array(rows, dtype=np.int64)
 
     def _remember(self, ids: tuple[str, ...], content_hashes: tuple[str, ...], record: Record) -> None:
         for name, content in zip(ids, content_hashes):
@@ -218,6 +231,7 @@ def open_writer(folder: Path, spec: GradientSpec, *, made_by: Mapping[str, str] 
         DiskFullError: no space is left.
     """
     make_folder(folder)
+    fsync_folder(folder.parent)  # an earlier opening may have been killed between making the folder and this
     lock = take_lock(folder)
     try:
         old = read_spec(folder)
@@ -273,7 +287,8 @@ def _clean(folder: Path, ledger: Ledger) -> Cleaned:
         known = {name for record in ledger.records for name in record.files}
         for part in (folder, folder / SHARDS, folder / LEDGER):
             for path in sorted(part.iterdir()):
-                if path.name.endswith(TMP_SUFFIX):
+                # beside shards/ and ledger/ lie other stages' files, which this lock does not guard
+                if path.name.endswith(TMP_SUFFIX) and (part != folder or path.name.startswith(SPEC_FILE)):
                     path.unlink()
                     temporary += 1
                 elif part.name == SHARDS and path.name not in known and path.is_file():

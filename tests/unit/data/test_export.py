@@ -162,7 +162,7 @@ def test_schemas_are_unified_with_nulls(tmp_path):
 
 def test_schemas_that_cannot_be_unified_are_a_note(tmp_path):
     big = 2**53 + 1  # no float64 holds it
-    cases = [(pa.array(["x"]), pa.array([1])), (pa.array([big]), pa.array([0.5]))]
+    cases = [(pa.array(["x"]), pa.array([1])), (pa.array([big]), pa.array([0.5])), (pa.array(["x"]), pa.array([b"y"]))]
     for left, right in cases:
         pq.write_table(pa.table({"text": ["a"], "v": left}), tmp_path / "a.parquet")
         pq.write_table(pa.table({"text": ["b"], "v": right}), tmp_path / "b.parquet")

@@ -212,3 +212,14 @@ def test_a_forced_shape_is_not_guessed_around(fmt):
     found = normalise(without, fmt)
     assert found.status is RowStatus.MALFORMED
     assert repr(FORMATS[fmt][-1]) in found.reason
+
+
+def test_sharegpt_system_turn_wins_over_the_column():
+    talk = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert normalise({"conversations": talk, "system": "T"}).fields["messages"][0]["content"] == "S"
+    assert len(normalise({"conversations": talk, "system": "T"}).fields["messages"]) == 3
+    assert normalise({"conversations": talk[1:], "system": "T"}).fields["messages"][0] == {
+        "role": "system",
+        "content": "T",
+    }
+    assert len(normalise({"conversations": talk[1:], "system": " "}).fields["messages"]) == 2

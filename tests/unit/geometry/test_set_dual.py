@@ -209,3 +209,23 @@ def test_a_hundred_thousand_rows_take_seconds(tokens):
     assert time.process_time() - start < 20
     assert solution.gap_lp <= 1e-9
     assert solution.num_fractional <= 6
+
+
+def test_equal_ratios_go_to_the_smaller_index_in_long_lists_too():
+    program = set_program(np.zeros(3000), np.zeros((3000, 0)), np.zeros(0), cost=np.full(3000, 2.0), total_cost=101.0)
+    w = program.best_response(np.repeat([1.0, 2.0], 1500))
+    np.testing.assert_array_equal(np.flatnonzero(w), np.arange(1500, 1551))
+    assert w[1550] == 0.5
+
+
+def test_the_vertex_is_exact_even_from_poor_prices(monkeypatch):
+    monkeypatch.setattr("gradsift.geometry.dual.ASCENT_STEPS", 2)
+    monkeypatch.setattr("gradsift.geometry.dual.POLISH_STEPS", 1)
+    rng = np.random.default_rng(11)
+    gain = rng.normal(size=1500)
+    dots = rng.normal(size=(1500, 4)) - 0.1 - 0.4 * gain[:, None]
+    program = set_program(gain, dots, np.zeros(4), rows=300)
+    solution = solve_dual(program)
+    assert solution.lp_value == pytest.approx(-reference(program).fun, rel=1e-9)
+    assert solution.num_fractional == 5
+    assert solution.iterations < 20

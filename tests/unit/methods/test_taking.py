@@ -98,7 +98,7 @@ def test_an_unsure_candidate_that_cannot_reach_the_cut_does_not_matter():
 
 def test_budgets_become_rows_or_tokens():
     pool = problem([10] * 100, num_read=120)
-    assert resolve_budget(pool, Budget(percent=7)).rows == 7
+    assert resolve_budget(pool, Budget(percent=7.0)).rows == 7
     assert resolve_budget(problem([1] * 375), Budget(percent=18.4)).rows == 69  # 375 * 18.4 / 100 < 69 in float64
     assert resolve_budget(pool, Budget(percent=0.5)).rows == 1
     assert resolve_budget(pool, Budget(rows=100)).notes == ()
