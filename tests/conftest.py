@@ -18,11 +18,12 @@ for _name, _value in {
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import tests.shapes  # noqa: E402, F401 - found by name in the hook
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes of public tensors are checked in every test; users pay nothing for it.
 install_import_hook(
-    [f"gradsift.{part}" for part in ("gradients", "geometry", "methods", "types", "seeds")], "beartype.beartype"
+    [f"gradsift.{part}" for part in ("gradients", "geometry", "methods", "types", "seeds")], "tests.shapes.check"
 )
 
 

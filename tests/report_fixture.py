@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 HOSTILE = (
     "<script>alert(1)</script>",
     "</svg><script>alert(2)</script>",
-    "\"><img src=x onerror=alert(3)>",
+    '"><img src=x onerror=alert(3)>',
     "{{ 7*7 }}{% raw %}",
     "abc\u202ecba\u2066x",
     "nul\x00esc\x1b[31mred",
@@ -25,12 +25,27 @@ HOSTILE = (
 )
 SOURCES = ("medmcqa", "medqa", "pubmedqa")
 QUESTIONS = (
-    ("A 54-year-old man has crushing chest pain radiating to the left arm. Which marker rises first?", "Myoglobin rises first, within one to three hours; troponin follows and stays raised for days."),
-    ("Which nerve is injured in a fracture of the surgical neck of the humerus?", "The axillary nerve: it winds round the surgical neck, so abduction beyond 15 degrees is lost."),
-    ("Drug of choice for absence seizures in a child?", "Ethosuximide. It blocks T-type calcium channels in thalamic neurons."),
+    (
+        "A 54-year-old man has crushing chest pain radiating to the left arm. Which marker rises first?",
+        "Myoglobin rises first, within one to three hours; troponin follows and stays raised for days.",
+    ),
+    (
+        "Which nerve is injured in a fracture of the surgical neck of the humerus?",
+        "The axillary nerve: it winds round the surgical neck, so abduction beyond 15 degrees is lost.",
+    ),
+    (
+        "Drug of choice for absence seizures in a child?",
+        "Ethosuximide. It blocks T-type calcium channels in thalamic neurons.",
+    ),
     ("Most common site of ectopic pregnancy?", "The ampulla of the fallopian tube."),
-    ("Which enzyme is deficient in classic phenylketonuria?", "Phenylalanine hydroxylase; tyrosine becomes an essential amino acid."),
-    ("A newborn has bilious vomiting and a double bubble sign. What is the diagnosis?", "Duodenal atresia, which is often seen with trisomy 21."),
+    (
+        "Which enzyme is deficient in classic phenylketonuria?",
+        "Phenylalanine hydroxylase; tyrosine becomes an essential amino acid.",
+    ),
+    (
+        "A newborn has bilious vomiting and a double bubble sign. What is the diagnosis?",
+        "Duodenal atresia, which is often seen with trisomy 21.",
+    ),
 )
 
 
@@ -46,7 +61,15 @@ def _columns(num_rows: int, anchors: tuple[str, ...], rng: np.random.Generator) 
     shared = rng.normal(0, 1, num_rows)
     cos = {a: 0.02 * i - 0.03 + 0.05 * shared + rng.normal(0, 0.04, num_rows) for i, a in enumerate(anchors)}
     cos["target"] = 0.16 - 0.04 * shared + rng.normal(0, 0.07, num_rows) - 0.05 * (source == 2)
-    return {"status": status, "source": source, "tokens": tokens, "trained": trained, "loss": loss, "norm": norm, "cos": cos}
+    return {
+        "status": status,
+        "source": source,
+        "tokens": tokens,
+        "trained": trained,
+        "loss": loss,
+        "norm": norm,
+        "cos": cos,
+    }
 
 
 def write_run(
@@ -178,7 +201,14 @@ class _World:
             for i, label in enumerate(self.labels)
         ]
         inputs += [
-            {"role": "target" if a == "target" else "anchor", "label": a, "path": f"data/{a}.jsonl{bad}", "kind": "jsonl", "sha256": "ab" * 32, "num_rows": 64}
+            {
+                "role": "target" if a == "target" else "anchor",
+                "label": a,
+                "path": f"data/{a}.jsonl{bad}",
+                "kind": "jsonl",
+                "sha256": "ab" * 32,
+                "num_rows": 64,
+            }
             for a in names
         ]
         statuses, counts = np.unique(d["status"].astype(str), return_counts=True)
@@ -209,8 +239,15 @@ class _World:
             "format": 1,
             "created": "2026-11-24T19:31:07+00:00",
             "command": "gradsift select --pool medmcqa=data/medmcqa.jsonl --pool medqa=data/medqa.jsonl --pool pubmedqa=data/pubmedqa.jsonl "
-            "--anchor math=data/math.jsonl --anchor chat=data/chat.jsonl --target data/target.jsonl --method ogs_dual --budget 10% --out run" + bad,
-            "versions": {"python": "3.12.3", "gradsift": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "numpy": "2.4.6"},
+            "--anchor math=data/math.jsonl --anchor chat=data/chat.jsonl --target data/target.jsonl --method ogs_dual --budget 10% --out run"
+            + bad,
+            "versions": {
+                "python": "3.12.3",
+                "gradsift": "0.1.0",
+                "torch": "2.13.0",
+                "transformers": "5.24.0",
+                "numpy": "2.4.6",
+            },
             "git_sha": None,
             "inputs": inputs,
             "navigator": {
@@ -227,7 +264,14 @@ class _World:
                 "dtype": "float32",
                 "device": "cpu",
             },
-            "spec": {"parameters": "lora", "reduction": "mean", "direction": "raw", "max_length": 1024, "loss_on": "assistant", "sketch_dim": 4093},
+            "spec": {
+                "parameters": "lora",
+                "reduction": "mean",
+                "direction": "raw",
+                "max_length": 1024,
+                "loss_on": "assistant",
+                "sketch_dim": 4093,
+            },
             "spec_key": "9f3b2c71e0aa45d2",
             "rows": {
                 "read": n,
@@ -250,7 +294,9 @@ class _World:
                 "num_trained": int(d["trained"][self.chosen].sum()),
                 "num_skipped": 0,
                 "cut": {
-                    "margin": float(self.score[self.order[len(self.chosen) - 1]] - self.score[self.order[len(self.chosen)]]),
+                    "margin": float(
+                        self.score[self.order[len(self.chosen) - 1]] - self.score[self.order[len(self.chosen)]]
+                    ),
                     "bound": 6.1e-6,
                     "undecided": [self.ids[self.order[len(self.chosen)]]],
                 },
@@ -268,17 +314,40 @@ class _World:
                     "fill": "score",
                 },
                 "notes": [
-                    {"code": "duplicates", "text": "9 rows are exact copies of an earlier row and were left out" + bad, "count": 9, "ids": self.ids[:4]},
+                    {
+                        "code": "duplicates",
+                        "text": "9 rows are exact copies of an earlier row and were left out" + bad,
+                        "count": 9,
+                        "ids": self.ids[:4],
+                    },
                 ],
             },
             "batch_check": [
-                {"anchor": a, "batch_size": b, "num_batches": 200, "p05": cosines[a] * b**0.5 - 0.09, "p50": cosines[a] * b**0.5, "p95": cosines[a] * b**0.5 + 0.09, "predicted": cosines[a] * b**0.5 + 0.01}
+                {
+                    "anchor": a,
+                    "batch_size": b,
+                    "num_batches": 200,
+                    "p05": cosines[a] * b**0.5 - 0.09,
+                    "p50": cosines[a] * b**0.5,
+                    "p95": cosines[a] * b**0.5 + 0.09,
+                    "predicted": cosines[a] * b**0.5 + 0.01,
+                }
                 for a in self.anchors
                 for b in (1, 8)
             ],
-            "set_conflict": [{"anchor": a, "selected": 0.04 - 0.02 * i, "pool": -0.02 - 0.05 * i} for i, a in enumerate(self.anchors)],
+            "set_conflict": [
+                {"anchor": a, "selected": 0.04 - 0.02 * i, "pool": -0.02 - 0.05 * i} for i, a in enumerate(self.anchors)
+            ],
             "cost": {
-                "seconds": {"read": 0.42, "tokenize": 1.31, "load": 4.8, "anchors": 31.2, "collect": 94.7, "select": 0.61, "report": 2.2},
+                "seconds": {
+                    "read": 0.42,
+                    "tokenize": 1.31,
+                    "load": 4.8,
+                    "anchors": 31.2,
+                    "collect": 94.7,
+                    "select": 0.61,
+                    "report": 2.2,
+                },
                 "tokens": {"anchors": 19800, "pool": int(d["tokens"][self.usable].sum()), "noise": 3100},
                 "tokens_per_second": 246.3,
                 "peak_memory_bytes": 1_420_000_000,

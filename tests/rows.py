@@ -7,7 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS = "red blue green one two three cat dog bird sun moon star left right up down".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "sun",
+    "moon",
+    "star",
+    "left",
+    "right",
+    "up",
+    "down",
+]
 
 
 def chat(question: str, answer: str, **extra: object) -> dict[str, object]:

@@ -71,17 +71,17 @@ def _rms_in_dtype(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-COMMON = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=2,
-    pad_token_id=3,
-)
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
 
 
 def toy_llama(seed: int = 0, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> LlamaForCausalLM:

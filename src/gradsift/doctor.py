@@ -140,7 +140,8 @@ def _gradient_checks(prepared: Prepared, engine: GradientEngine, rows: Sequence[
     device = next(engine.model.parameters()).device
     with engine:
         together = engine.measure(batch.input_ids.to(device), batch.labels.to(device), batch.lengths)
-    assert together.sketch is not None and engine.projector is not None
+    assert together.sketch is not None
+    assert engine.projector is not None
     norms = together.square.sqrt()
     worst_alone = worst_norm = worst_sketch = worst_loss = 0.0
     for k, row in enumerate(rows):

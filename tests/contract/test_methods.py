@@ -65,7 +65,9 @@ def test_every_registered_method_has_its_variants():
 
 
 @every
-@pytest.mark.parametrize("budget", [Budget(rows=24), Budget(rows=1), Budget(percent=10.0), Budget(percent=0.01)], ids=str)
+@pytest.mark.parametrize(
+    "budget", [Budget(rows=24), Budget(rows=1), Budget(percent=10.0), Budget(percent=0.01)], ids=str
+)
 def test_a_budget_in_rows_is_kept(name, config, signal, budget):
     selection = choose(name, config, budget=budget)
     wanted = budget.rows or max(1, int(PROBLEM.size * budget.percent / 100))

@@ -54,7 +54,7 @@ def test_one_anchor():
     assert whole.num_swaps == 1
     assert certificate.value == 8.5
     assert certificate.gap == pytest.approx((55 / 6 - 8.5) / (55 / 6))
-    for price, q in ((0, 12), (0.25, 10.5), (0.5, 9.5), (0.75, 9.5), (1, 11)):
+    for price, q in ((0.0, 12), (0.25, 10.5), (0.5, 9.5), (0.75, 9.5), (1.0, 11)):
         score = program.score(np.array([price]))
         assert program.best_response(score) @ score == pytest.approx(q)
     top = program.best_response(program.gain)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "store"))
 
-from store_world import SPEC, fill, make_ids, memory_folder, read, truth  # noqa: E402
+from store_world import SPEC, fill, make_ids, memory_folder, read, truth
 
 _write, _open = os.write, os.open
 CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "ftruncate", "pwrite")

@@ -61,7 +61,9 @@ def test_a_run_leaves_every_file_and_a_full_audit(tmp_path, navigator):
     assert all(table["reason"].to_pylist())
     raw = files["pool"].read_bytes().split(b"\n")
     ids = table["id"].to_pylist()
-    assert (out / "selection" / "selected.jsonl").read_bytes() == b"".join(raw[ids.index(i)] + b"\n" for i in selection.ids)
+    assert (out / "selection" / "selected.jsonl").read_bytes() == b"".join(
+        raw[ids.index(i)] + b"\n" for i in selection.ids
+    )
     manifest = json.loads((out / "manifest.json").read_text())
     assert sum(manifest["rows"]["status"].values()) == manifest["rows"]["read"] == 24
     assert manifest["selection"]["certificate"]["value"] <= manifest["selection"]["certificate"]["upper_bound"] + 1e-9
@@ -135,7 +137,7 @@ def test_a_changed_setting_is_refused_by_name_and_a_changed_budget_is_not(tmp_pa
     for key, value in (("data.max_length", 50), ("navigator.dtype", "float64"), ("collect.sketch_dim", 509)):
         with pytest.raises(SpecError, match=key.split(".")[-1].replace("sketch_dim", "projection.dim")):
             run(files, out, navigator, settings={key: value})
-    with pytest.raises(SpecError, match="seed|adapter"):
+    with pytest.raises(SpecError, match=r"seed|adapter"):
         run(files, out, navigator, seed=43)
     smaller = run(files, out, navigator, budget=3)
     assert len(smaller.ids) == 3
@@ -222,16 +224,10 @@ def test_a_weak_anchor_needs_insistence(tmp_path, navigator):
     letters = [chr(c) for c in range(97, 123)]
     noise = [chat("".join(generator.choice(letters, 12)), "".join(generator.choice(letters, 3))) for _ in range(4)]
     write_jsonl(files["chat"], noise)
-    try:
+    with pytest.raises(ConfigError, match=r"(?s)chat has no reliable direction.*allow_weak_anchor=true"):
         run(files, tmp_path / "run", navigator)
-    except ConfigError as error:
-        assert "chat" in str(error)
-        assert "allow_weak_anchor=true" in str(error)
-        selection = run(files, tmp_path / "run", navigator, settings={"allow_weak_anchor": True})
-        assert any(note.code == "no_reliable_direction" for note in selection.notes)
-    else:
-        reliability = json.loads((tmp_path / "run" / "manifest.json").read_text())["directions"]
-        assert all(d["reliability"] >= 0.2 for d in reliability)
+    selection = run(files, tmp_path / "run", navigator, settings={"allow_weak_anchor": True})
+    assert any(note.code == "no_reliable_direction" for note in selection.notes)
 
 
 def test_several_pools_keep_their_labels(tmp_path, navigator):
@@ -280,14 +276,14 @@ def test_a_folder_that_is_something_else_is_not_written_to(tmp_path, navigator):
 def test_every_refusal_says_what_to_do(tmp_path, navigator):
     files = world(tmp_path)
     wrong = [
-        dict(budget="10x"),
-        dict(budget=1000),
-        dict(method="ogs_duel"),
-        dict(settings={"kapa": 1}),
-        dict(settings={"navigator.dtype": "float8"}),
-        dict(settings={"collect.sketch_dim": 4096}),
-        dict(loss_on="completion"),
-        dict(format="alpaca"),
+        {"budget": "10x"},
+        {"budget": 1000},
+        {"method": "ogs_duel"},
+        {"settings": {"kapa": 1}},
+        {"settings": {"navigator.dtype": "float8"}},
+        {"settings": {"collect.sketch_dim": 4096}},
+        {"loss_on": "completion"},
+        {"format": "alpaca"},
     ]
     for n, options in enumerate(wrong):
         with pytest.raises(GradsiftError) as caught:

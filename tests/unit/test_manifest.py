@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gradsift.errors import DiskFullError, StoreError
 from gradsift.manifest import (
     canonical_json,
@@ -22,8 +25,6 @@ from gradsift.manifest import (
     write_bytes_atomic,
     write_json_atomic,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -30,6 +30,7 @@ def command(
     from gradsift.models.load import load_tokenizer
     from gradsift.models.resolve import resolve_navigator
     from gradsift.recipe import DataConfig, SourceConfig, build_section
+    from gradsift.types import Shape
 
     console = Console()
     data = build_section(
@@ -40,7 +41,7 @@ def command(
         raise ConfigError("there is no such row", where="--row", got=row, expected=f"0 to {len(pool.rows) - 1}")
     chosen = pool.rows[row]
     tokenizer = load_tokenizer(resolve_navigator(navigator))
-    shapes = [chosen.example.shape] if chosen.example else []
+    shapes: set[Shape] = {chosen.example.shape} if chosen.example else set()
     rule = mask_rule(tokenizer, data.loss_on, shapes)
     seen = tokenize_rows([chosen], tokenizer, rule, max_length=data.max_length)[0]
     console.print(f"row {row} of {safe(path)}, id {safe(chosen.id)}", markup=False, highlight=False)

@@ -111,7 +111,13 @@ _FAMILIES: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
         _rule(
             r"\{%(?P<open>-?) set content = "
             + r"\s*\+\s*".join(
-                (_quoted("<|start_header_id|>"), _ROLE, _quoted("<|end_header_id|>\n\n"), _CONTENT, _quoted("<|eot_id|>"))
+                (
+                    _quoted("<|start_header_id|>"),
+                    _ROLE,
+                    _quoted("<|end_header_id|>\n\n"),
+                    _CONTENT,
+                    _quoted("<|eot_id|>"),
+                )
             )
             + r" %\}(?P<first>\{% if loop\.index0 == 0 %\}\{% set content = bos_token \+ content %\}\{% endif %\})"
             + r"\{\{ content \}\}",
@@ -349,12 +355,14 @@ def _marked_text(
 ) -> tuple[str, list[str]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
+    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    rendered: Any = render_jinja_template(
         conversations=[list(messages)],
         chat_template=template,
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **special,
     )
+    texts, spans = rendered
     return texts[0], [texts[0][start:end] for start, end in spans[0]]
 
 

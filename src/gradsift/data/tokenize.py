@@ -218,7 +218,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     end = tokenizer.eos_token
-    return text if end is None or text.endswith(end) else text + end
+    return text if not isinstance(end, str) or text.endswith(end) else text + end
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -141,7 +141,7 @@ def explain(selection: Selection, program: Program, solution: DualSolution, whol
         parts += [f"{name} {program.dots[i, j]:+.3g} x price {solution.prices[j]:.3g}" for j, name in priced]
         if not program.by_rows:
             parts.append(f"over {program.cost[i]:g} trained tokens")
-        split = WHOLE < weights[i] < 1 - WHOLE
+        split = bool(WHOLE < weights[i] < 1 - WHOLE)
         # After a tightening the rows rounded are those of other prices, so a row's side of this cut is read off.
         side = (
             "at"

@@ -116,7 +116,7 @@ class OgsDual:
             self._allowance(problem, share * dots.sum(axis=0)),
             rows=amount.rows,
             cost=None if amount.rows else problem.num_trained.astype(np.float64),
-            total_cost=amount.tokens,
+            total_cost=None if amount.tokens is None else float(amount.tokens),
             fill=self.fill,
             names=tuple(a.name for a in problem.anchors),
         )

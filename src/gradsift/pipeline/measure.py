@@ -99,7 +99,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         notes += navigator.notes
         _check_fit(prepared, navigator)
     rows = measured_rows(prepared)
-    model: nn.Module = navigator.model
+    model: Any = navigator.model
     if recipe.navigator.parameters == "lora" and gradients:
         with clock.stage("adapter"):
             model, remark = _with_adapter(prepared, navigator, rows, out, clock)
@@ -149,7 +149,7 @@ def wants_gradients(prepared: Prepared) -> bool:
 
 def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
     """Refuse tokens that the model cannot take, before any is measured."""
-    table = navigator.model.get_input_embeddings().weight.shape[0]
+    table = navigator.model.get_input_embeddings().get_parameter("weight").shape[0]
     longest = getattr(navigator.model.config, "max_position_embeddings", None)
     for source in (prepared.pool, *prepared.directions):
         for row in source.usable:
@@ -326,13 +326,23 @@ def _probe_size(num_rows: int) -> int:
 
 
 def _one_row(store: SignalStore, directions: tuple[str, ...]) -> Callable[[str], ShardResult]:
+    dots = store.dots(directions)
+
     def look_up(row: str) -> ShardResult:
         at = store.positions([row])
+        one = int(at[0])
         return ShardResult(
-            *(tuple(getattr(store, f)[i] for i in at) for f in ("ids", "content_hashes", "status", "reason")),
-            *(getattr(store, f)[at] for f in ("num_tokens", "num_trained", "loss", "grad_norm")),
-            *(getattr(store, f)[at] for f in ("emb_grad_norm", "head_grad_norm")),
-            dots=store.dots(directions)[at],
+            ids=(row,),
+            content_hashes=(store.content_hashes[one],),
+            status=(store.status[one],),
+            reason=(store.reason[one],),
+            num_tokens=store.num_tokens[at],
+            num_trained=store.num_trained[at],
+            loss=store.loss[at],
+            grad_norm=store.grad_norm[at],
+            emb_grad_norm=store.emb_grad_norm[at],
+            head_grad_norm=store.head_grad_norm[at],
+            dots=dots[at],
             directions=directions,
         )
 

@@ -16,7 +16,7 @@ from gradsift.models.resolve import Resolved, resolve_navigator
 from gradsift.pipeline.progress import Clock
 from gradsift.recipe import Recipe, SourceConfig
 from gradsift.store.spec import content_hash, set_hash
-from gradsift.types import Note, RowStatus, TokenRow
+from gradsift.types import Note, RowStatus, Shape, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
     with clock.stage("tokenize"):
         resolved = resolve_navigator(recipe.navigator.model, recipe.navigator.revision)
         tokenizer = load_tokenizer(resolved)
-        shapes = sorted({row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None})
+        shapes: set[Shape] = {row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None}
         rule = mask_rule(tokenizer, recipe.data.loss_on, shapes)
         sources = [
             Source(role, name, pool, tokenize_rows(pool.rows, tokenizer, rule, max_length=recipe.data.max_length))

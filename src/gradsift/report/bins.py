@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from gradsift.seeds import stream
 
 MAX_POINTS = 20_000
-NUM_BINS = 28
+MIN_BINS, MAX_BINS = 12, 28
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def bin_shares(values: Float[np.ndarray, " N"], kept: Bool[np.ndarray, " N"], *,
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         pad = 0.5 * abs(low) or 0.5
         low, high = low - pad, high + pad
-    edges = np.geomspace(low, high, NUM_BINS + 1) if log else np.linspace(low, high, NUM_BINS + 1)
+    # Few kept rows in many bins would show the draw and not the shape.
+    num = int(np.clip(2 * np.sqrt(kept.sum()), MIN_BINS, MAX_BINS))
+    edges = np.geomspace(low, high, num + 1) if log else np.linspace(low, high, num + 1)
     edges[0], edges[-1] = low, high
     counted = [np.histogram(v, edges)[0].astype(np.float64) for v in (values, values[kept])]
     return Bins(edges, counted[0] / counted[0].sum(), counted[1] / max(1.0, counted[1].sum()), log)

@@ -27,8 +27,8 @@ INK, FAINT, LINE = "var(--soft, #5B626B)", "var(--faint, #E4E1DA)", "var(--line,
 def _chart(layers: Sequence[Any], width: int, height: int) -> alt.LayerChart:
     import altair as alt
 
-    chart = alt.layer(*layers).properties(
-        width=width, height=height, padding={"left": 4, "right": 10, "top": 6, "bottom": 4}
+    chart: Any = alt.layer(*layers).properties(
+        width=width, height=height, padding={"left": 8, "right": 12, "top": 6, "bottom": 4}
     )
     axis = {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal", "gridColor": FAINT, "domain": False}
     axis |= {"labelFontSize": 11, "titleFontSize": 11, "ticks": False, "labelPadding": 6, "titlePadding": 8}
@@ -71,7 +71,7 @@ def histogram(bins: Bins, title: str, *, zero: bool = False) -> alt.LayerChart:
     rows.append({"x": float(bins.edges[-1]), "share": rows[-1]["share"], "kept": rows[-1]["kept"]})
     rows.append({"x": float(bins.edges[-1]), "share": 0.0, "kept": 0.0})
     scale = alt.Scale(type="log" if bins.log else "linear", zero=False, nice=False)
-    x = alt.X("x:Q", scale=scale, axis=alt.Axis(title=one_line(title), tickCount=5, grid=False, format="~g"))
+    x = alt.X("x:Q", scale=scale, axis=alt.Axis(title=one_line(title), tickCount=4, grid=False, format="~g"))
     top = alt.Y("share:Q", axis=alt.Axis(title="share of rows", format="~p", tickCount=3))
     base = alt.Chart(_data([{"order": i, **row} for i, row in enumerate(rows)]))
     layers = [

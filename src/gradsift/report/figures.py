@@ -43,7 +43,9 @@ def measured(audit: Audit, values: Float[np.ndarray, " N"]) -> Bool[np.ndarray, 
     return audit.usable & np.isfinite(values)
 
 
-def _profile(audit: Audit, values: Float[np.ndarray, " N"], title: str, *, log: bool, zero: bool = False) -> Figure | None:
+def _profile(
+    audit: Audit, values: Float[np.ndarray, " N"], title: str, *, log: bool, zero: bool = False
+) -> Figure | None:
     mask = measured(audit, values)
     if not mask.any():
         return None
@@ -69,7 +71,6 @@ def distributions(audit: Audit) -> tuple[Figure, ...]:
         (audit.loss, "Loss, nats per trained token", False),
         (audit.grad_norm, "Gradient norm", True),
         (audit.num_tokens, "Length, tokens", True),
-        (audit.num_trained, "Trained tokens", True),
     )
     drawn = (_profile(audit, values, title, log=log) for values, title, log in wanted)
     return tuple(figure for figure in drawn if figure is not None)
@@ -122,7 +123,10 @@ def target_against_anchors(run: Run) -> Figure | str:
         total, chosen = int(mask.sum()), int(audit.selected[mask].sum())
         says += f", drawn by id out of {count(chosen)} and {count(total - chosen)} (at most {count(MAX_POINTS)} points)"
     says += "." if len(trusted) == len(protected) else "; anchors without a reliable direction are left out."
-    titles = ("cosine with the target", "lowest cosine with an anchor" if len(trusted) > 1 else f"cosine with {trusted[0]}")
+    titles = (
+        "cosine with the target",
+        "lowest cosine with an anchor" if len(trusted) > 1 else f"cosine with {trusted[0]}",
+    )
     svg = render_svg(charts.scatter(audit.cos["target"][rows], worst[rows], kept, titles))
     return Figure("Target against anchors", svg, says)
 

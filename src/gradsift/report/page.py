@@ -131,7 +131,17 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    named = (words.count, words.number, words.signed, words.percent, words.duration, words.size, words.one_line, words.plural)
+    named = (
+        words.count,
+        words.number,
+        words.signed,
+        words.percent,
+        words.duration,
+        words.size,
+        words.one_line,
+        words.plural,
+        words.moment,
+    )
     env.filters |= {function.__name__: function for function in named}
     env.filters |= {"plain": _plain, "picture": Markup}
     return env

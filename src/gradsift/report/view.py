@@ -111,7 +111,8 @@ def verdict(manifest: Manifest) -> str:
     trusted = [e for e in known if (d := manifest.direction(e.anchor)) is not None and d.reliable]
     doubtful = [d for d in manifest.directions if d.role == "protect" and d.word == "no reliable direction"]
     parts = [
-        f"{signed(e.selected)} with {one_line(e.anchor)}" + (f" (the pool's {signed(e.pool)})" if e.pool is not None else "")
+        f"{signed(e.selected)} with {one_line(e.anchor)}"
+        + (f" (the pool's {signed(e.pool)})" if e.pool is not None else "")
         for e in trusted[:4]
     ]
     sentences = []
@@ -124,7 +125,11 @@ def verdict(manifest: Manifest) -> str:
         )
     if not sentences:
         protected = any(d.role == "protect" for d in manifest.directions)
-        sentences = ["How the chosen set stands to the anchors was not measured." if protected else "No anchor was given, so nothing is known of what the choice may unlearn."]
+        sentences = [
+            "How the chosen set stands to the anchors was not measured."
+            if protected
+            else "No anchor was given, so nothing is known of what the choice may unlearn."
+        ]
     return " ".join(sentences)
 
 
@@ -162,10 +167,17 @@ def _contradictions(run: Run) -> list[NoteEntry]:
     checks = (
         ("rows by status", sum(manifest.rows.status.values()), "rows read", manifest.rows.read),
         ("rows in the audit table", len(audit.ids), "rows read", manifest.rows.read),
-        ("rows kept in the audit table", int(audit.selected.sum()), "rows in the selection", manifest.selection.num_rows),
+        (
+            "rows kept in the audit table",
+            int(audit.selected.sum()),
+            "rows in the selection",
+            manifest.selection.num_rows,
+        ),
     )
     return [
-        NoteEntry(code="contradiction", text=f"{count(got)} {a}, but {count(want)} {b}: the run\u2019s files do not agree.")
+        NoteEntry(
+            code="contradiction", text=f"{count(got)} {a}, but {count(want)} {b}: the run\u2019s files do not agree."
+        )
         for a, got, b, want in checks
         if got != want
     ]
@@ -298,7 +310,9 @@ def cut_words(manifest: Manifest) -> str:
             f"{plural(len(cut.undecided), 'row')} could change sides if the signals were measured again; ids settled them."
         )
     if cut.margin == 0:
-        return "No score separates the kept rows from the rest: nothing was left out, or the choice does not go by score."
+        return (
+            "No score separates the kept rows from the rest: nothing was left out, or the choice does not go by score."
+        )
     if cut.bound is not None and cut.margin > cut.bound:
         return f"The margin at the cut is {margin} and exceeds the numerical bound of {bound}: measuring again gives the same choice."
     return f"The margin at the cut is {margin}, the numerical bound {bound}."

@@ -5,9 +5,25 @@ from __future__ import annotations
 import math
 import unicodedata
 from dataclasses import dataclass
+from datetime import datetime
 
 MINUS = "\u2212"
 UNKNOWN = "not measured"
+# Not strftime: its names follow the locale, and the same run must give the same page.
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 _DIGITS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 # Marks that reorder or hide the text around them: a page that obeyed them could be made to lie.
 _HIDDEN = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\ufffe\uffff")
@@ -81,6 +97,8 @@ def number(value: float | None) -> str:
     if size < 1e-3 or size >= 1e7:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa} \u00d7 10{str(int(exponent)).translate(_DIGITS)}".replace("-", MINUS)
+    if value == int(value):
+        return count(value)
     decimals = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:,.{min(decimals, 5)}f}".replace("-", MINUS)
 
@@ -170,6 +188,23 @@ def size(num_bytes: float | None) -> str:
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def moment(iso: str) -> str:
+    """Write a point in time for people.
+
+    Args:
+        iso: ISO 8601 text.
+
+    Returns:
+        ``24 November 2026, 19:31 UTC``, or the text as it came when it is no such time.
+    """
+    try:
+        when = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    zone = when.tzname() or ""
+    return f"{when.day} {MONTHS[when.month - 1]} {when.year}, {when:%H:%M} {zone}".rstrip()
 
 
 def plural(value: int | None, one: str, many: str = "") -> str:

@@ -140,7 +140,7 @@ def test_marked_template_renders_the_same_text(name: str, data: st.DataObject) -
     assert parts == [f" {words} {end}" if padded else words + end for words in said]
 
 
-@pytest.mark.parametrize("name", (*KNOWN, *OURS))
+@pytest.mark.parametrize("name", [*KNOWN, *OURS])
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_released_templates_render_the_same_text(name: str, data: st.DataObject) -> None:

@@ -161,4 +161,4 @@ def memory_folder() -> Iterator[Path]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(p for part in ("shards", "ledger") for p in (folder / part).iterdir()) + [folder / "spec.json"]
+    return [*sorted(p for part in ("shards", "ledger") for p in (folder / part).iterdir()), folder / "spec.json"]

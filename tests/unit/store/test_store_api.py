@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from store_world import DIRECTIONS, SPEC, content, fill, make_ids, make_spec, measure, memory_folder, read, truth
+
 from gradsift.errors import DataError, NumericsError, SpecError, StoreError
 from gradsift.store.shards import ShardResult, unit_name
 from gradsift.store.signals import SignalStore, open_store
 from gradsift.store.verify import verify_store
 from gradsift.store.writer import open_writer
 from gradsift.types import RowStatus
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from store_world import DIRECTIONS, SPEC, content, fill, make_ids, make_spec, measure, memory_folder, read, truth
 
 UNIVERSE = make_ids(24)
 FORMATS = sorted(Path(__file__).parent.glob("format_*"))

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store_world import SPEC, files_of, fill, make_ids, read, truth
+
 from gradsift.errors import StoreError
 from gradsift.store.ledger import read_ledger
 from gradsift.store.signals import open_store
 from gradsift.store.verify import repair_store, verify_store
 from gradsift.store.writer import open_writer
-from store_world import SPEC, files_of, fill, make_ids, read, truth
 
 IDS = make_ids(20)
 
@@ -80,7 +81,9 @@ def test_the_remedy_in_the_message_works(filled):
     message = str(caught.value)
     assert victim.name in message
     assert "sha256" in message
-    named = [word.strip("(),") for word in caught.value.do.split() if word.strip("(),").startswith(("shards", "ledger"))]
+    named = [
+        word.strip("(),") for word in caught.value.do.split() if word.strip("(),").startswith(("shards", "ledger"))
+    ]
     assert len(named) == 3
     for name in named:
         (filled / name).unlink()

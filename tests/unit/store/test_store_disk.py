@@ -8,12 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from store_world import SPEC, fill, make_ids, make_spec, measure, read, snapshot, truth
+
 from gradsift.errors import DiskFullError, StoreError
 from gradsift.store.signals import open_store
 from gradsift.store.spec import Projection
 from gradsift.store.verify import verify_store
 from gradsift.store.writer import open_writer
-from store_world import SPEC, fill, make_ids, make_spec, measure, read, snapshot, truth
 
 IDS = make_ids(12)
 CALLS = ("open", "write", "fsync", "replace")

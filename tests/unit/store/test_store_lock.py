@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from store_world import SPEC
+
 from gradsift.errors import StoreError
 from gradsift.store.lock import LOCK, STALE_SECONDS, me, process_start, take_lock
 from gradsift.store.verify import repair_store
 from gradsift.store.writer import open_writer
-from store_world import SPEC
 
 HOLD = """
 import sys, time

@@ -5,14 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from store_world import DIM, SPEC, fill, make_ids, make_spec, read, truth
+
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import seal
 from gradsift.store.signals import open_store
 from gradsift.store.spec import GradientSpec, Projection, compare, content_hash, set_hash, store_folder
 from gradsift.store.writer import open_writer
-from hypothesis import given
-from hypothesis import strategies as st
-from store_world import DIM, SPEC, fill, make_ids, make_spec, read, truth
 
 CHANGES = {
     "parameters": "all",
