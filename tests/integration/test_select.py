@@ -118,11 +118,10 @@ def test_killed_anywhere_and_resumed_gives_the_same_selection(tmp_path, navigato
     out = tmp_path / "killed"
     command = [sys.executable, "-c", script, str(tmp_path), str(out), str(navigator)]
     for shards in (1, 2):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        for _ in range(shards):
-            assert process.stdout.readline().strip() == "shard"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+            for _ in range(shards):
+                assert process.stdout.readline().strip() == "shard"
+            os.kill(process.pid, signal.SIGKILL)
     committed = len(list(out.glob("signals/*/ledger/*.json")))
     assert committed >= 1, "a kill must come after something was committed, or the test shows nothing"
     got = run(files, out, navigator)

@@ -52,20 +52,17 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    import click
-
     try:
-        result = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except GradsiftError as error:
         print(f"gradsift: {safe(error.render())}", file=sys.stderr)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         print("gradsift: stopped; what was committed is kept, the same command resumes", file=sys.stderr)
         return 130
-    return result if isinstance(result, int) else 0
+    except SystemExit as done:  # typer has printed help, a usage error or nothing
+        return done.code if isinstance(done.code, int) else 0
+    return 0
 
 
 def safe(text: str) -> str:

@@ -41,20 +41,23 @@ def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
     }
     if measured is None:
         return Problem(**common)
-    store = measured.store.take([first[row.id] for row in rows])
+    originals = sorted({first[row.id] for row in rows})  # exact copies that were kept share one measurement
+    place = {name: n for n, name in enumerate(originals)}
+    at = np.array([place[first[row.id]] for row in rows], dtype=np.int64)
+    store = measured.store.take(originals)
     signals = store.spec.signals
     anchors = [d for d in measured.directions if d.role == "protect"]
     target = next((d for d in measured.directions if d.role == "target"), None)
     return Problem(
         **common,
-        loss=store.loss,
-        grad_norm=store.grad_norm if "grad_norm" in signals else None,
-        anchor_dot=store.dots([d.name for d in anchors]) if anchors else None,
-        target_dot=store.dots([target.name])[:, 0] if target else None,
+        loss=store.loss[at],
+        grad_norm=store.grad_norm[at] if "grad_norm" in signals else None,
+        anchor_dot=store.dots([d.name for d in anchors])[at] if anchors else None,
+        target_dot=store.dots([target.name])[at, 0] if target else None,
         gram=measured.gram if measured.directions else None,
-        sketch=store.gather([first[row.id] for row in rows]) if "sketch" in signals else None,
-        emb_grad_norm=store.emb_grad_norm if "emb_grad_norm" in signals else None,
-        head_grad_norm=store.head_grad_norm if "head_grad_norm" in signals else None,
+        sketch=store.gather(originals)[at] if "sketch" in signals else None,
+        emb_grad_norm=store.emb_grad_norm[at] if "emb_grad_norm" in signals else None,
+        head_grad_norm=store.head_grad_norm[at] if "head_grad_norm" in signals else None,
         anchors=tuple(anchors),
         target=target,
         noise=measured.noise,

@@ -109,6 +109,11 @@ def _write(
     make_folder(place)
     exported = write_selected(prepared.pool.pool, selection.ids, place)
     selection = dataclasses.replace(selection, notes=(*selection.notes, *exported.notes))
+    template = place / "chat_template.jinja"
+    if prepared.rule.template_origin == "gradsift" and prepared.rule.template is not None:
+        write_bytes_atomic(template, prepared.rule.template.encode("utf-8"))
+    else:
+        template.unlink(missing_ok=True)
     table = audit_table(prepared, measured, selection)
     write_audit(table, place / "audit.parquet")
     write_json_atomic(place / "examples.json", example_rows(prepared, measured, problem, selection))
@@ -164,7 +169,8 @@ def _rows(prepared: Prepared, table: Any) -> dict[str, Any]:
 def _measured(prepared: Prepared, measured: Measurement | None) -> dict[str, Any]:
     loss_on = prepared.recipe.data.loss_on
     data = {"loss_on": loss_on, "max_length": prepared.recipe.data.max_length,
-            "template_sha256": prepared.rule.template_sha256}  # fmt: skip
+            "template_sha256": prepared.rule.template_sha256,
+            "template_origin": prepared.rule.template_origin}  # fmt: skip
     if measured is None:
         names = ("navigator", "spec", "spec_key", "directions", "direction_cos", "noise")
         return {"data": data, **dict.fromkeys(names)}

@@ -111,7 +111,7 @@ rows = load_dataset("json", data_files="selected.jsonl", split="train")
 The loss was taken on: {rule}. Train with the same mask:
 
 ```python
-# TRL; where the chat template has no generation markers, hand it the marked one that gradsift used
+# TRL{_template(manifest)}
 SFTConfig(assistant_only_loss={rule == "assistant"}, completion_only_loss={rule == "completion"},
           max_length={(manifest.get("data") or {}).get("max_length", 1024)})
 ```
@@ -128,6 +128,15 @@ datasets:
   - path: json
     data_files: selected.jsonl{_axolotl(shapes)}
 ```"""
+
+
+def _template(manifest: Mapping[str, Any]) -> str:
+    if (manifest.get("data") or {}).get("template_origin") != "gradsift":
+        return ""
+    return (
+        "; the model's template does not say what the assistant wrote, so use the marked one that renders the same text:\n"
+        "# tokenizer.chat_template = open('chat_template.jinja').read()"
+    )
 
 
 def _llama_factory(shapes: set[str]) -> str:

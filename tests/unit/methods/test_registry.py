@@ -29,7 +29,16 @@ def test_a_third_party_method_is_found_through_its_entry_point(monkeypatch):
     @dataclass(frozen=True)
     class Foreign:
         name: ClassVar[str] = "foreign"
+        paper: ClassVar[str] = "ours"
+        summary: ClassVar[str] = "a method from elsewhere"
         level: float = 0.5
+
+        @property
+        def needs(self):
+            return base.Needs()
+
+        def select(self, problem, budget, stream):
+            raise AssertionError("never run here")
 
     class Point:
         def load(self):

@@ -1,0 +1,5 @@
+"""``python -m gradsift``."""
+
+from gradsift.cli import main
+
+main()

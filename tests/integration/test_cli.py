@@ -1,0 +1,178 @@
+"""The command line: speed of --help, exit codes, messages without tracebacks, dry run, inspect, doctor, report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.rows import chat, world, write_jsonl
+
+from gradsift.cli.app import run
+
+GRADSIFT = [sys.executable, "-m", "gradsift"]
+
+
+def arguments(files, out, navigator, method="ogs_dual"):
+    return [
+        "select", "--pool", str(files["pool"]), "--anchor", f"math={files['math']}", "--anchor", f"chat={files['chat']}",
+        "--target", str(files["target"]), "--navigator", str(navigator), "--method", method, "--budget", "25%",
+        "--out", str(out), "--set", "collect.sketch_dim=251",
+    ]  # fmt: skip
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, gradsift.cli.app as app\nassert app.run(['--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    begun = time.process_time(), time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "select" in done.stdout
+    assert time.perf_counter() - begun[1] < 5  # half a second on a quiet machine; the imports above are the real check
+
+
+def test_select_writes_a_report_and_says_what_it_did(tmp_path, navigator, capsys):
+    files = world(tmp_path)
+    assert run(arguments(files, tmp_path / "run", navigator)) == 0
+    said = capsys.readouterr().out
+    for words in ("kept 6 of 24 usable rows", "margin at the cut", "numerical bound", "sketch noise", "certificate"):
+        assert words in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Content-Security-Policy" in page
+    assert "<script" not in page
+    assert run(["report", str(tmp_path / "run"), "--redact"]) == 0
+
+
+def test_a_recipe_replays_the_run(tmp_path, navigator):
+    files = world(tmp_path)
+    run(arguments(files, tmp_path / "a", navigator))
+    assert run(["select", "--recipe", str(tmp_path / "a" / "recipe.yaml"), "--out", str(tmp_path / "b")]) == 0
+    chosen = [(tmp_path / n / "selection" / "selected.jsonl").read_bytes() for n in "ab"]
+    assert chosen[0] == chosen[1]
+    changed = ["select", "--recipe", str(tmp_path / "a" / "recipe.yaml"), "--budget", "2", "--out", str(tmp_path / "c")]
+    assert run(changed) == 0
+    assert (tmp_path / "c" / "selection" / "selected.jsonl").read_bytes().count(b"\n") == 2
+
+
+def test_dry_run_spends_nothing(tmp_path, navigator, capsys):
+    files = world(tmp_path)
+    assert run([*arguments(files, tmp_path / "run", navigator), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for words in ("rows of pool", "memory", "disk", "time", "tokens to measure"):
+        assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (["--method", "nosuch"], 2, "gradsift methods"),
+        (["--method", "ogs"], 2, "ogs_dual"),
+        (["--budget", "ten"], 2, "20000tok"),
+        (["--budget", "100000"], 2, "at most 24 rows"),
+        (["--set", "kappa"], 2, "KEY=VALUE"),
+        (["--set", "nosuch=1"], 2, "no such setting"),
+        (["--set", "navigator.nosuch=1"], 2, "navigator.nosuch"),
+        (["--pool", "/no/such/file.jsonl"], 2, "/no/such/file.jsonl"),
+        (["--navigator", "/no/such/model"], 2, "/no/such/model"),
+        (["--recipe", "/no/such/recipe.yaml"], 2, "recipe"),
+        (["--anchor", "math.jsonl"], 2, "NAME=PATH"),
+        (["--nosuch"], 2, "nosuch"),
+    ],
+)
+def test_mistakes_are_told_in_words(tmp_path, navigator, capsys, change, code, words):
+    files = world(tmp_path)
+    assert run([*arguments(files, tmp_path / "run", navigator), *change]) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_a_full_terminal_program_says_no_traceback(tmp_path):
+    done = subprocess.run([*GRADSIFT, "select", "--pool", "x.jsonl"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--budget" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_escape_sequences_in_rows_do_not_reach_the_terminal(tmp_path, navigator, capsys):
+    path = write_jsonl(tmp_path / "evil.jsonl", [chat("\x1b[2Jcleared \u202e", "ok", id="\x1b]0;title\x07")])
+    assert run(["inspect", str(path), "--navigator", str(navigator)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b[2J" not in said
+    assert "\x1b]0;" not in said
+    assert "\u202e" not in said
+    assert "cleared" in said
+
+
+def test_inspect_shows_the_mask(tmp_path, navigator, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat("why?", "because")])
+    assert run(["inspect", str(path), "--navigator", str(navigator), "--tokens"]) == 0
+    said = capsys.readouterr().out
+    assert "status OK" in said
+    assert "8 carry loss" in said  # seven letters and the end of the turn
+    assert run(["inspect", str(path), "--navigator", str(navigator), "--row", "5"]) == 2
+
+
+def test_doctor_passes_a_sound_model_and_fails_a_wrong_tokenizer(tmp_path, navigator, capsys):
+    files = world(tmp_path)
+    command = ["doctor", "--pool", str(files["pool"]), "--navigator", str(navigator)]
+    assert run([*command, "--set", "navigator.parameters=all"]) == 0
+    said = capsys.readouterr().out
+    for words in ("loss mask", "begin token", "vocabulary", "coverage", "oracle", "alone or in a batch"):
+        assert words in said
+    assert "fail" not in said
+
+    import shutil
+
+    from tests.toy import toy_llama
+
+    small = shutil.copytree(navigator, tmp_path / "small")
+    model = toy_llama()
+    model.resize_token_embeddings(50)
+    model.save_pretrained(small)
+    assert run(["doctor", "--pool", str(files["pool"]), "--navigator", str(small)]) == 1
+    said = capsys.readouterr().out
+    assert "vocabulary" in said
+    assert "fail" in said
+
+
+def test_methods_lists_every_method(capsys):
+    from gradsift.methods import methods
+
+    assert run(["methods"]) == 0
+    said = capsys.readouterr().out
+    assert all(name[:8] in said for name in methods())
+
+
+def test_stop_signal_resumes(tmp_path, navigator):
+    """SIGTERM in the middle: exit code 143, the resume line, and the same command finishes."""
+    files = world(tmp_path)
+    command = arguments(files, tmp_path / "run", navigator)
+    slow = (
+        "import time, sys, gradsift.gradients.collect as c, gradsift.pipeline.measure as m\nold = c.measure_shard\n"
+        "def slow(*a):\n    print('shard', flush=True); time.sleep(0.5); return old(*a)\nm.measure_shard = slow\n"
+        "from gradsift.cli.app import run\nsys.exit(run(sys.argv[1:]))"
+    )
+    full = [sys.executable, "-c", slow, *command, "--set", "collect.rows_per_shard=3"]
+    with subprocess.Popen(
+        full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as p:
+        seen = 0
+        for line in p.stdout:
+            seen += line.strip() == "shard"
+            if seen == 2:
+                break
+        p.terminate()
+        begun = time.perf_counter()
+        _, said = p.communicate(timeout=30)
+        assert time.perf_counter() - begun < 10
+        assert p.returncode == 143, said
+        assert "resume with: " in said
+    assert run([*command, "--set", "collect.rows_per_shard=3"]) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["selection"]["num_rows"] == 6
