@@ -180,7 +180,9 @@ def own_arms(model: nn.Module) -> list[Arm]:
         ForwardOnly(model),
         Floor(model),
         Less(model),
-        Gradsift(share(model), "gradsift-sketch", "gradsift, body: sketch", f"sketch {SKETCH} + norm", body, dots=False),
+        Gradsift(
+            share(model), "gradsift-sketch", "gradsift, body: sketch", f"sketch {SKETCH} + norm", body, dots=False
+        ),
         Gradsift(share(model), "gradsift-body", "gradsift, body: all three", three, body, dots=True),
         Gradsift(share(model), "gradsift-all", "gradsift, every weight: all three", three, every, dots=True),
         PlainLora(model),

@@ -29,8 +29,7 @@ def directions_by_layer(model: nn.Module) -> dict[str, Tensor]:
         shapes.append((weight, *(reversed(size) if transposed else size)))
     drawn = random_directions(shapes)
     return {
-        layer: torch.stack(drawn[weight]).flatten(1)
-        for layer, weight in zip(layers, body_weights(model), strict=True)
+        layer: torch.stack(drawn[weight]).flatten(1) for layer, weight in zip(layers, body_weights(model), strict=True)
     }
 
 

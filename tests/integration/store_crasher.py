@@ -59,7 +59,7 @@ def judge(folder: Path, rows: int) -> list[str]:
 def die_at(point: int, half: bool) -> None:
     """Count system calls from now on and kill this process instead of making the ``point``-th one.
 
-    With ``half``, a write that is due to be killed puts half of its bytes on the disk first.
+    With ``half`` only writes count, and the one that is killed puts half of its bytes on the disk first.
     """
     state = {"count": 0}
 
@@ -69,14 +69,14 @@ def die_at(point: int, half: bool) -> None:
         def call(*args, **kwargs):
             state["count"] += 1
             if state["count"] - 1 == point:
-                if half and name == "write":
+                if half:
                     _write(args[0], bytes(args[1])[: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
         setattr(os, name, call)
 
-    for name in CALLS:
+    for name in ("write",) if half else CALLS:
         wrap(name)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.errors import DiskFullError, StoreError
@@ -34,11 +34,13 @@ json_values = st.recursive(
 
 
 @given(json_values)
+@settings(max_examples=40)
 def test_canonical_json_reads_back(value):
     assert json.loads(canonical_json(value)) == value
 
 
-@given(st.dictionaries(st.text(), json_values, max_size=6))
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+@settings(max_examples=40)
 def test_canonical_json_forgets_the_order_of_keys(value):
     assert canonical_json(dict(reversed(value.items()))) == canonical_json(value)
 
@@ -55,6 +57,7 @@ def test_canonical_json_refuses_nan():
 
 
 @given(st.dictionaries(st.text().filter(lambda k: k != "seal"), json_values, max_size=4), st.data())
+@settings(max_examples=60)
 def test_a_seal_breaks_at_any_flipped_bit_or_cut(value, data):
     good = seal(value)
     assert unseal(good) == json.loads(canonical_json(value))

@@ -3,6 +3,10 @@
 Read from TRL 1.16 (``SFTTrainer._prepare_dataset``) and tested against it. Conversations go through the chat template;
 strings get the end token when they lack it; a completion begins where the tokenized prompt and the tokenized whole part;
 masks are made before truncation, and truncation keeps the start. No begin token is added that the trainer would not add.
+
+Departures, each a counted status instead of a stopped run: a row that TRL stops at is TOKENIZE_ERROR or, without a
+trained token, NO_TRAINED_TOKEN; a row whose only label is its first token, which nothing predicts, is NO_TRAINED_TOKEN
+(TRL keeps it); a row may not bring a chat template or tokenizer switches of its own in ``chat_template_kwargs``.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradsift.data.templates import MarkedTemplate, marked_template, template_text
+from gradsift.data.templates import MarkedTemplate, marked_template, no_template, template_text
 from gradsift.errors import ConfigError
 from gradsift.types import Example, LossOn, Row, RowStatus, Shape, TokenRow
 
@@ -28,6 +32,20 @@ ALLOWED_LOSS: Mapping[Shape, tuple[LossOn, ...]] = {
     "prompt_completion": ("completion", "assistant", "all"),
     "text": ("all",),
 }
+# Arguments of ``apply_chat_template`` that a row may not set: code to render with, and switches that change what comes back.
+RESERVED = frozenset(
+    {
+        "chat_template",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -36,18 +54,29 @@ class MaskRule:
 
     Args:
         loss_on: as asked; None takes the default of each row's shape.
-        template: chat template that renders conversations, or None for the tokenizer's own.
-        template_origin: who marked it: ``tokenizer``, ``gradsift``, ``trl``, or empty when no markers are needed.
+        template: chat template in use; None without conversations. The trainer must be handed it when
+            ``template_origin`` is ``gradsift``, and swaps it in by itself when it is ``trl``.
+        template_origin: whose marked template it is: ``tokenizer``, ``trl``, ``gradsift``, or empty when no markers are
+            needed.
         template_sha256: hash of the template in use, or None without conversations.
+        eos_token: what strings are closed with, or None when the tokenizer has no end token.
     """
 
     loss_on: LossOn | None
     template: str | None
     template_origin: str
     template_sha256: str | None
+    eos_token: str | None = None
 
     def of(self, shape: Shape) -> LossOn:
-        """Give the rule for rows of a shape."""
+        """Give the rule for rows of a shape.
+
+        Args:
+            shape: the rows' shape.
+
+        Returns:
+            assistant, completion or all.
+        """
         return self.loss_on or DEFAULT_LOSS[shape]
 
 
@@ -66,37 +95,66 @@ def mask_rule(tokenizer: PreTrainedTokenizerBase, loss_on: LossOn | None, shapes
         ConfigError: a shape cannot be trained that way, or the chat template cannot say what the assistant wrote.
     """
     for shape in sorted(shapes):
-        if loss_on is not None and loss_on not in ALLOWED_LOSS[shape]:
-            raise ConfigError(
-                f"rows of shape {shape} cannot take the loss on {loss_on}",
-                where="--loss-on",
-                got=loss_on,
-                expected=" or ".join(ALLOWED_LOSS[shape]),
-                do=f"leave --loss-on out (the default for {shape} is {DEFAULT_LOSS[shape]}), or convert the rows",
-            )
-    wanted = {loss_on or DEFAULT_LOSS[shape] for shape in shapes}
+        _check_loss(loss_on, shape)
+    original = template_text(tokenizer)
+    if "messages" in shapes and original is None:
+        raise no_template()
     marked: MarkedTemplate | None = None
-    if "assistant" in wanted:
+    if "assistant" in {loss_on or DEFAULT_LOSS[shape] for shape in shapes}:
+        _require_offsets(tokenizer)
         marked = marked_template(tokenizer)
-    text = marked.text if marked else (template_text(tokenizer) if set(shapes) - {"text"} else None)
+    text = marked.text if marked else (original if set(shapes) - {"text"} else None)
+    end = tokenizer.eos_token
     return MaskRule(
         loss_on,
         text,
         marked.origin if marked else "",
         hashlib.sha256(text.encode("utf-8")).hexdigest() if text else None,
+        end if isinstance(end, str) else None,
     )
 
 
-def trl_arguments(loss_on: LossOn) -> dict[str, bool]:
-    """Translate to TRL's ``SFTConfig``.
+def _check_loss(loss_on: LossOn | None, shape: Shape) -> None:
+    if loss_on is None or loss_on in ALLOWED_LOSS[shape]:
+        return
+    raise ConfigError(
+        f"rows of shape {shape} cannot take the loss on {loss_on}",
+        where="--loss-on",
+        got=loss_on,
+        expected=" or ".join(ALLOWED_LOSS[shape]),
+        do=f"leave --loss-on out (the default for {shape} is {DEFAULT_LOSS[shape]}), or convert the rows",
+    )
+
+
+def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            "the tokenizer does not say which characters a token stands for, so assistant turns cannot be masked",
+            where="navigator's tokenizer",
+            got=type(tokenizer).__name__,
+            expected="a tokenizer with tokenizer.json (a fast tokenizer)",
+            do="--loss-on all, or another --navigator",
+        )
+
+
+def trl_arguments(loss_on: LossOn | None, shape: Shape) -> dict[str, bool]:
+    """Translate to TRL's ``SFTConfig``, which decides for a whole data set.
+
+    ``assistant`` on prompt and completion marks the assistant's turns in both, so the completion mask is switched off.
 
     Args:
-        loss_on: the rule of the data set's shape.
+        loss_on: as asked, or None for the default of the shape.
+        shape: the data set's shape.
 
     Returns:
-        Keyword arguments.
+        The two keyword arguments.
+
+    Raises:
+        ConfigError: the shape cannot be trained that way.
     """
-    return {"assistant_only_loss": loss_on == "assistant", "completion_only_loss": loss_on == "completion"}
+    _check_loss(loss_on, shape)
+    chosen = loss_on or DEFAULT_LOSS[shape]
+    return {"assistant_only_loss": chosen == "assistant", "completion_only_loss": chosen == "completion"}
 
 
 def tokenize_rows(
@@ -121,9 +179,11 @@ def _tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase, rule: MaskRule, 
         return _without_tokens(row.id, row.status, row.reason)
     try:
         encoded = _encode(row.example, tokenizer, rule)
-    except Exception as error:  # tokenizers and templates raise what they like; one bad row costs one row
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        return _without_tokens(row.id, RowStatus.TOKENIZE_ERROR, words[:300])
+    except BaseException as error:  # tokenizers and templates raise what they like; one bad row costs one row
+        # A panic of the Rust tokenizer is no Exception; Ctrl-C is none either and must go through.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        return _without_tokens(row.id, RowStatus.TOKENIZE_ERROR, _why(error, row.example))
     ids, trained = encoded.ids, encoded.trained
     total = len(ids)
     kept_ids = np.asarray(ids[:max_length], dtype=np.int32)
@@ -139,6 +199,17 @@ def _tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase, rule: MaskRule, 
         )
         return TokenRow(row.id, kept_ids, kept, total, RowStatus.TRUNCATED, reason)
     return result
+
+
+def _why(error: BaseException, example: Example) -> str:
+    try:
+        json.dumps(example.fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # tokenizers only say that their input has the wrong type
+        return "the text holds a lone surrogate, half of a character, which cannot be encoded"
+    except (TypeError, ValueError, RecursionError):
+        pass
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return words[:300].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _without_tokens(row: str, status: RowStatus, reason: str) -> TokenRow:
@@ -171,7 +242,7 @@ def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, rule: MaskRule
         if loss_on == "assistant":
             return both
         whole = both.ids
-        before = _chat(prompt, fields, tokenizer, rule, add_generation_prompt=True)["input_ids"]
+        before = _chat(prompt, fields, tokenizer, None, add_generation_prompt=True)["input_ids"]
     if loss_on == "all":
         return _Encoded(whole, [True] * len(whole))
     start = _common_prefix(before, whole)
@@ -186,9 +257,10 @@ def _conversation(
     loss_on: LossOn,
 ) -> _Encoded:
     if loss_on != "assistant":
-        ids = _chat(messages, fields, tokenizer, rule)["input_ids"]
+        ids = _chat(messages, fields, tokenizer, None)["input_ids"]
         return _Encoded(ids, [True] * len(ids))
-    got = _chat(messages, fields, tokenizer, rule, return_assistant_tokens_mask=True)
+    template = None if rule.template_origin == "tokenizer" else rule.template
+    got = _chat(messages, fields, tokenizer, template, return_assistant_tokens_mask=True)
     return _Encoded(got["input_ids"], [bool(bit) for bit in got["assistant_masks"]])
 
 
@@ -196,19 +268,22 @@ def _chat(
     messages: Sequence[Any],
     fields: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    rule: MaskRule,
+    template: str | None,
     **options: bool,
 ) -> Mapping[str, list[int]]:
     tools = fields.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    extra = dict(fields.get("chat_template_kwargs") or {})
+    extra = fields.get("chat_template_kwargs") or {}
+    refused = sorted(RESERVED & set(extra))
+    if refused:
+        raise ValueError(f"chat_template_kwargs may not set {', '.join(refused)}")
+    # As in TRL, what the row brings wins over the columns, and setting what TRL sets itself is an error.
+    chosen = {
+        "chat_template": template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **extra,
+    }
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
-        list(messages),
-        tools=tools,
-        chat_template=rule.template,
-        tokenize=True,
-        return_dict=True,
-        **{**extra, **options},
+        list(messages), tokenize=True, return_dict=True, **options, **chosen
     )
 
 

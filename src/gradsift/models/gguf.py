@@ -113,7 +113,7 @@ def convert_gguf(source: Path, folder: Path, *, source_sha256: str | None = None
     architecture = _text(reader, "general.architecture")
     direct = architecture == "llama" and _is_plain_llama(reader)
     with published_folder(folder) as temporary:
-        # Alone in a folder: transformers would otherwise mix in whatever config or tokenizer files lie beside it.
+        # Alone in a folder, so that no version of transformers mixes in config or template files lying beside it.
         alone = temporary / "alone"
         alone.mkdir()
         _place(source, alone / "model.gguf")

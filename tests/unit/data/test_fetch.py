@@ -174,6 +174,11 @@ def test_publishing_is_all_or_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), published_file(tmp_path / "f") as file:
         file.write_text(f"new {1 // 0}")
     assert (tmp_path / "f").read_text() == "old"
+    with (tmp_path / "f").open() as reader:  # whoever reads the old file keeps reading the old file
+        with published_file(tmp_path / "f") as file:
+            file.write_text("new")
+        assert reader.read() == "old"
+    assert (tmp_path / "f").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "f"]
     with pytest.raises(OSError), published_folder(tmp_path / "a") as folder:
         (folder / "y").write_text("1")

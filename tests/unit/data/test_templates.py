@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.toy import CHATML, toy_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gradsift.data import templates
-from gradsift.data.templates import has_markers, mark, marked_template, renders_same, template_text, trl_variant
+from gradsift.data import marking, templates
+from gradsift.data.marking import mark
+from gradsift.data.templates import has_markers, marked_template, renders_same, template_text, trl_variant
 from gradsift.errors import ConfigError
 
 SMOLLM2 = (
@@ -242,7 +243,7 @@ def test_a_wrong_marking_is_not_accepted(why: str, break_it: Any) -> None:
 def test_unmarked_tool_calls_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain ChatML rule fits one branch of Qwen2.5 and would leave its tool calls without loss."""
     original = released("qwen2_5")
-    monkeypatch.setattr(templates, "_FAMILIES", {"chatml": templates._FAMILIES["chatml"]})
+    monkeypatch.setattr(marking, "_FAMILIES", {"chatml": marking._FAMILIES["chatml"]})
     marked = mark(original)
     assert marked is not None
     assert not renders_same(toy_tokenizer(original), original, marked)

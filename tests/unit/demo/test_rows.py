@@ -76,6 +76,15 @@ def test_rows_are_those_of_the_wheel(files):
     assert row["messages"][1]["content"] == original["answer"]
 
 
+@pytest.mark.parametrize("answer", [None, "", " ", ["A. x"], "C. z", "x"])
+def test_a_row_without_a_usable_answer_is_no_row(answer):
+    raw = {"question": "Which?", "options": "\nA. x \nB. y"}
+    good = demo._as_messages(demo.MMLU, "clinical", 3, raw | {"answer": "A. x"})
+    assert good is not None
+    assert [m["content"] for m in good["messages"]] == ["Which?\nA. x\nB. y", "A. x"]
+    assert demo._as_messages(demo.MMLU, "clinical", 3, raw | {"answer": answer}) is None
+
+
 def test_nothing_is_shared(files):
     everything = [question(row) for rows in files.values() for row in rows]
     assert len(set(everything)) == len(everything)

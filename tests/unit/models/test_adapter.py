@@ -110,7 +110,7 @@ def test_dtypes():
     assert {p.dtype for p in kinds[torch.float64].values()} == {torch.float64}
     assert {p.dtype for p in kinds[torch.bfloat16].values()} == {torch.float32}
     for name, p in kinds[torch.float32].items():
-        assert torch.equal(p, kinds[torch.float64][name].float())
+        assert torch.equal(p.double(), kinds[torch.float64][name])
         assert torch.equal(p, kinds[torch.bfloat16][name])
 
 

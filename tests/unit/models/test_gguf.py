@@ -81,11 +81,20 @@ def test_other_architectures_go_through_transformers(tmp_path):
         torch.testing.assert_close(back.get_parameter(name), parameter, rtol=0, atol=0, msg=name)
 
 
-def test_config_files_beside_the_gguf_are_not_mixed_in(tmp_path):
+def test_config_files_beside_the_gguf_are_not_mixed_in(tmp_path, monkeypatch):
     path = files.write(files.llama(), tmp_path / "m.gguf")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "auto_map": {"AutoConfig": "x.Y"}}))
+    (tmp_path / "chat_template.jinja").write_text("EVIL")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "EVIL", "add_bos_token": True}))
+    write_tokenizer, shown = gguf_module._write_tokenizer, []
+
+    def watched(alone, folder):
+        shown.extend(p.name for p in alone.iterdir())
+        write_tokenizer(alone, folder)
+
+    monkeypatch.setattr(gguf_module, "_write_tokenizer", watched)
     convert_gguf(path, tmp_path / "out")
+    assert shown == ["model.gguf"]
     assert "EVIL" not in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",

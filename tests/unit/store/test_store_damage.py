@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from store_world import SPEC, files_of, fill, make_ids, read, truth
 
 from gradsift.errors import StoreError
-from gradsift.store.ledger import read_ledger
+from gradsift.store.ledger import encode_record, read_ledger
 from gradsift.store.signals import open_store
 from gradsift.store.verify import repair_store, verify_store
 from gradsift.store.writer import open_writer
@@ -172,6 +174,36 @@ def test_shards_without_a_record_are_invisible_and_removed(filled):
         assert set(writer.committed_ids()) == set(store.ids)
     assert (filled / "noise.json.cd.tmp").exists()
     assert verify_store(filled).extras == ()
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+@pytest.mark.parametrize("kind", ["rows.parquet", "sketch.npy"])
+def test_a_writer_does_not_build_on_a_damaged_shard(filled, how, kind):
+    victim = sorted((filled / "shards").glob(f"*-{kind}"))[0]
+    size = victim.stat().st_size
+    victim.unlink() if how == "missing" else os.truncate(victim, size - 1)
+    for opening in (lambda: open_writer(filled, SPEC), lambda: read_everything(filled)):
+        with pytest.raises(StoreError, match=victim.name) as caught:
+            opening()
+        assert caught.value.expected == f"{size} bytes"
+        assert caught.value.got == ("no such file" if how == "missing" else f"{size - 1} bytes")
+
+
+def test_a_record_that_names_other_rows_is_refused(filled):
+    """Sealed and hashed correctly, as only a defect of ours could write it."""
+    a, b, _ = read_ledger(filled, SPEC.key).records
+    for kind in ("rows.parquet", "sketch.npy"):
+        shutil.copy(filled / "shards" / f"{b.unit}-{kind}", filled / "shards" / f"{a.unit}-{kind}")
+    files = {name.replace(b.unit, a.unit): mark for name, mark in b.files.items()}
+    lie = dataclasses.replace(b, unit=a.unit, files=files)
+    (filled / "ledger" / f"{a.unit}.json").write_bytes(encode_record(lie))
+    with pytest.raises(StoreError, match="other rows"):
+        open_store(filled)
+    assert [d.unit for d in verify_store(filled).damage] == [a.unit]
+    counted = dataclasses.replace(b, status={"OK": b.num_rows})
+    (filled / "ledger" / f"{a.unit}.json").unlink()
+    (filled / "ledger" / f"{b.unit}.json").write_bytes(encode_record(counted))
+    assert [d.kind for d in verify_store(filled).damage] == ["rows"]
 
 
 def test_verify_without_a_store(room):
