@@ -289,3 +289,14 @@ def test_every_refusal_says_what_to_do(tmp_path, navigator):
             run(files, tmp_path / f"r{n}", navigator, **options)
         assert caught.value.exit_code == 2, options
         assert caught.value.do or caught.value.expected, options
+
+
+def test_a_given_id_whose_text_was_edited_is_refused_by_name(tmp_path, navigator):
+    files = world(tmp_path)
+    rows = [dict(row, id=f"row-{n}") for n, row in enumerate(some_rows(8, 0))]
+    write_jsonl(files["pool"], rows)
+    run(files, tmp_path / "run", navigator)
+    rows[3] = chat("something else?", "entirely", id="row-3")
+    write_jsonl(files["pool"], rows)
+    with pytest.raises(SpecError, match="row-3"):
+        run(files, tmp_path / "run", navigator)

@@ -30,7 +30,7 @@ from gradsift.pipeline.progress import Clock
 from gradsift.seeds import stream
 from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore, open_store
-from gradsift.store.spec import GradientSpec, Projection, compare, read_spec, store_folder
+from gradsift.store.spec import GradientSpec, Projection, content_hash, store_folder
 from gradsift.store.writer import open_writer
 from gradsift.types import Direction, Noise, Note, RowStatus, TokenRow
 
@@ -110,7 +110,6 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
     covered = coverage(parameters, engine.blocks if gradients else parameters.names)
     notes += _coverage_note(covered)
     spec = _spec(prepared, navigator, model, parameters, gradients)
-    _refuse_other_spec(out / "signals", spec)
     folder = store_folder(out / "signals", spec)
     built = _directions(prepared, model, parameters, folder, clock) if gradients else []
     attach(engine, built)
@@ -232,16 +231,6 @@ def _spec(
     )
 
 
-def _refuse_other_spec(signals: Path, spec: GradientSpec) -> None:
-    """Refuse a run folder whose signals were measured with other settings, naming the fields."""
-    if not signals.is_dir():
-        return
-    for folder in sorted(signals.iterdir()):
-        old = read_spec(folder)
-        if old is not None:
-            compare(old, spec, where=str(folder))
-
-
 def _directions(
     prepared: Prepared, model: nn.Module, parameters: Parameters, folder: Path, clock: Clock
 ) -> list[BuiltDirection]:
@@ -285,7 +274,10 @@ def _collect(
             clock.progress.say(f"resuming: {len(done)} of {len(rows)} rows were measured before")
         with clock.stage("collect", todo):
             for shard in plan_shards(rows, range(len(rows)), recipe.collect.rows_per_shard):
-                left = [rows[i] for i in shard if rows[i].id not in done]
+                some = [rows[i] for i in shard]
+                hashes = [content_hash(row.input_ids, row.trained) for row in some]
+                left = [some[i] for i in writer.missing([row.id for row in some], hashes)]
+                writer.beat()
                 if left:
                     writer.commit(measure_shard(run, left))
                     counts = Counter({RowStatus(k): n for k, n in writer.status_counts().items()})
