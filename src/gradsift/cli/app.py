@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -52,6 +53,10 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
+    log = logging.getLogger("gradsift")
+    if not log.handlers:  # such as the one-time conversion of a GGUF file, which takes a while
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     try:
         app(args=arguments)
     except GradsiftError as error:
