@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradsift.cli import demo, doctor, inspect, methods, report, select
+from gradsift.cli import demo, doctor, evaluate, inspect, methods, report, select, train
 from gradsift.errors import GradsiftError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("select")(select.command)
+app.command("train")(train.command)
+app.command("evaluate")(evaluate.command)
 app.command("doctor")(doctor.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)

@@ -1,0 +1,1 @@
+"""Methods against honest baselines at equal total cost: worlds, arms, cells, analysis."""

@@ -1,0 +1,263 @@
+"""Arms of a comparison: which rows an arm trains on, with what, and what choosing them cost (ours).
+
+An arm is a method with its settings, an optional share of replay and training options. Every method reads the same
+signals of the same pass; what that pass cost is charged to each arm that needs it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gradsift.compare.world import World
+from gradsift.data.lexical import lexical_scores
+from gradsift.errors import ConfigError
+from gradsift.methods.base import make_method
+from gradsift.seeds import Stream, stream
+from gradsift.train.parts import Cost
+from gradsift.train.rescore import RescoreConfig, rescore
+from gradsift.types import Budget, Problem, TokenRow
+
+# Arms that only a planted world can have, or that choose by a rule of the comparison itself.
+ORACLE, DOMAIN = "oracle", "domain_looking"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """What distinguishes an arm.
+
+    Args:
+        name: unique in its comparison.
+        method: a registered method, ``ogs_rounds``, ``domain_looking`` (rows that look like the domain by a word cue,
+            drawn at random) or ``oracle`` (planted worlds: clean and replay rows).
+        settings: the method's own.
+        replay: share of the training rows that come from the replay set, within the same budget.
+        train: overrides of the training options (``lr_factor``, ``wise_ft``, ``kl``, ``l2sp``, ``ewc``, ``hook`` ...).
+        total_of: name of another arm whose total cost this arm may spend on training.
+        placebo: ``permuted_scores`` or ``shuffled_anchors``; empty for none.
+        family: ``cheap`` (no gradients of the pool), ``gradsift``, ``surgery``, ``bound`` or ``placebo``; decides what is
+            compared with what.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    replay: float = 0.0
+    train: Mapping[str, Any] = field(default_factory=dict)
+    total_of: str = ""
+    placebo: str = ""
+    family: str = "cheap"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.replay < 1.0:
+            raise ConfigError(
+                "a replay share is out of range", where=f"arm {self.name}", got=self.replay, expected="0 <= replay < 1"
+            )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows an arm trains on.
+
+    Args:
+        ids: training rows in the method's order, replay rows last; an id may occur several times.
+        weights: id -> weight; 1 where absent.
+        cost: of choosing them, by part.
+        notes: what a reader must know.
+    """
+
+    ids: tuple[str, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, Cost] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Desk:
+    """One seed of a world with everything its arms share; signals at the starting weights are measured once.
+
+    Args:
+        world: the world.
+        budget: rows an arm trains on.
+    """
+
+    world: World
+    budget: int
+
+    @cached_property
+    def rows(self) -> dict[str, TokenRow]:
+        """Pool and replay rows by id."""
+        return {row.id: row for row in (*self.world.pool, *self.world.replay)}
+
+    @cached_property
+    def lexical(self) -> dict[str, float]:
+        """BM25 of every pool row against the target rows."""
+        texts, ids = self.world.texts, [row.id for row in self.world.pool]
+        targets = [texts[row.id] for row in self.world.target]
+        return dict(zip(ids, lexical_scores(ids, [texts[i] for i in ids], targets).tolist(), strict=True))
+
+    @cached_property
+    def start(self) -> tuple[Problem, Cost]:
+        """Signals at the starting weights, and what the pass cost."""
+        got = measure(self.world, self.world.make_model(), self.lexical)
+        return got
+
+    def stream(self, name: str) -> Stream:
+        """Return a stream of this seed; the same name gives the same draws to every arm."""
+        return stream(self.world.seed, f"compare/{name}")
+
+
+def measure(world: World, model: Any, lexical: Mapping[str, float] | None = None) -> tuple[Problem, Cost]:
+    """Measure the pool at a model's weights.
+
+    Args:
+        world: rows and anchors.
+        model: any weights of the world's model.
+        lexical: BM25 scores to hand on.
+
+    Returns:
+        The problem and the pass's cost.
+    """
+    got = rescore(
+        model,
+        world.pool,
+        world.anchors,
+        world.target,
+        RescoreConfig(seed=world.seed),
+        pad_id=world.pad_id,
+        copy_of=world.copy_of,
+        sources=world.sources,
+        lexical=lexical,
+    )
+    return got.problem, got.cost
+
+
+def choose(desk: Desk, arm: ArmSpec) -> Choice:
+    """Choose an arm's training rows.
+
+    Args:
+        desk: the shared part.
+        arm: the arm.
+
+    Returns:
+        Rows within the budget, replay included, and what choosing cost.
+    """
+    num_replay = round(arm.replay * desk.budget)
+    own = choose_own(desk, arm, desk.budget - num_replay)
+    return replace(own, ids=(*own.ids, *draw_replay(desk, num_replay)))
+
+
+def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
+    """Choose the rows that do not come from the replay set.
+
+    Args:
+        desk: the shared part.
+        arm: the arm.
+        count: how many rows.
+
+    Returns:
+        The choice without replay.
+    """
+    if arm.method == ORACLE:
+        return Choice(_oracle(desk, count))
+    if arm.method == DOMAIN:
+        looks = [i for i in keyed_order(desk) if i in desk.world.looks_domain]
+        return Choice(tuple(looks[:count]))
+    method = make_method(arm.method, arm.settings)
+    problem, cost = desk.start
+    if arm.placebo:
+        problem = disguise(problem, arm.placebo, desk.stream(f"placebo/{arm.placebo}"))
+    needs = method.needs.cost_class
+    spent: dict[str, Cost] = {}
+    if needs == "gradient":
+        spent["collect"] = cost
+    elif needs == "forward":
+        spent["collect"] = Cost(cost.flops / 3, cost.forward_tokens, 0, cost.seconds / 3)
+    if arm.method == "full":
+        return Choice(tuple(problem.ids), cost=spent)
+    selection = method.select(problem, Budget(rows=count), desk.stream("select/random"))
+    weights = dict(zip(selection.ids, selection.weights.tolist(), strict=True))
+    notes = tuple(note.text for note in selection.notes)
+    return Choice(tuple(selection.ids), weights, spent, notes)
+
+
+def keyed_order(desk: Desk) -> list[str]:
+    """Pool ids in the seed's random order, the one that the random arm takes."""
+    ids = [row.id for row in desk.world.pool]
+    draws = desk.stream("select/random").uniform(ids)
+    return [ids[k] for k in np.lexsort((np.array(ids), draws))]
+
+
+def draw_replay(desk: Desk, count: int) -> tuple[str, ...]:
+    """Draw replay rows, each as often as any other.
+
+    Args:
+        desk: the shared part.
+        count: how many; more than there are repeats them.
+
+    Returns:
+        Ids in keyed order.
+
+    Raises:
+        ConfigError: replay is asked of a world without replay rows.
+    """
+    ids = [row.id for row in desk.world.replay]
+    if count and not ids:
+        raise ConfigError("the world has no replay rows", where=desk.world.name, do="leave replay out")
+    draws = desk.stream("replay").uniform(ids)
+    order = [ids[k] for k in np.lexsort((np.array(ids), draws))]
+    return tuple(order[k % len(order)] for k in range(count))
+
+
+def _oracle(desk: Desk, count: int) -> tuple[str, ...]:
+    """Clean and replay rows of the pool, 5 to 3 as the pool holds them; the bound of what selection can do."""
+    order, kinds = keyed_order(desk), desk.world.kinds
+    clean = [i for i in order if kinds.get(i) == "clean"]
+    replay = [i for i in order if kinds.get(i) == "replay"]
+    num_replay = min(len(replay), round(0.375 * count))
+    return tuple(clean[: count - num_replay] + replay[:num_replay])
+
+
+def disguise(problem: Problem, how: str, draw: Stream) -> Problem:
+    """Make a placebo: signals that belong to other rows.
+
+    Args:
+        problem: real signals.
+        how: ``permuted_scores`` deals every row's signals to another row.
+        draw: which row gets which.
+
+    Returns:
+        A problem without information.
+
+    Raises:
+        ConfigError: ``how`` is unknown.
+    """
+    if how != "permuted_scores":
+        raise ConfigError("there is no such placebo", where="arm", got=how, expected="permuted_scores")
+    order = draw.numpy().permutation(problem.size)
+
+    def dealt(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[order].copy()
+
+    names = ("loss", "grad_norm", "anchor_dot", "target_dot", "sketch", "emb_grad_norm", "head_grad_norm", "lexical")
+    return replace(problem, **{name: dealt(getattr(problem, name)) for name in names})
+
+
+def composition(world: World, ids: Sequence[str]) -> dict[str, float]:
+    """Share of each planted kind (or source) among some training rows; replay rows count as ``replay set``.
+
+    Args:
+        world: the planted truth.
+        ids: training rows.
+
+    Returns:
+        Shares by kind, summing to 1.
+    """
+    kinds = world.kinds or world.sources
+    counts = Counter(kinds.get(i, "replay set") for i in ids)
+    return {kind: counts[kind] / len(ids) for kind in sorted(counts)}

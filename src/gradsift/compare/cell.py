@@ -1,0 +1,303 @@
+"""One cell of a comparison: an arm on one seed, trained at every learning rate and measured before and after (ours)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradsift.compare.arms import ArmSpec, Choice, Desk, choose, composition
+from gradsift.compare.rounds import ROUND_METHODS, train_in_rounds
+from gradsift.compare.world import World
+from gradsift.evaluate.divergence import kl_rows
+from gradsift.evaluate.losses import evaluate_rows
+from gradsift.train.hooks import make_hook
+from gradsift.train.loop import Loop, LoopConfig
+from gradsift.train.masking import mask_rows, measure_nats
+from gradsift.train.parts import Cost, Penalty, StepHook, trainable
+from gradsift.train.penalties import BaseKl, Ewc, L2Sp, estimate_fisher
+from gradsift.train.plan import plan_steps
+from gradsift.types import TokenRow
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How every arm is trained: the same for all of them.
+
+    Args:
+        lrs: learning rates; every arm is trained at each.
+        num_steps: optimizer steps.
+        batch_size: rows per step.
+        budget: distinct places in the training list, replay included.
+        schedule: of the learning rate.
+        warmup_steps: linear warm-up.
+        weight_decay: decoupled.
+        max_grad_norm: clipping.
+        tokens_per_batch: of the evaluation.
+    """
+
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    num_steps: int = 120
+    batch_size: int = 64
+    budget: int = 400
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    tokens_per_batch: int = 8192
+
+    def loop(self, lr: float, num_steps: int, seed: int) -> LoopConfig:
+        """Return the optimizer's settings at one learning rate."""
+        return LoopConfig(
+            lr=lr,
+            total_steps=num_steps,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one fine-tuned model gained and forgot.
+
+    Args:
+        lr: learning rate.
+        metrics: evaluation set -> ``loss_before``, ``loss_after``, ``exact_before``, ``exact_after`` (share of rows whose every
+            trained token is the most likely one), ``kl`` (base to tuned, nats per trained token), ``num_rows``,
+            ``lost`` (rows right before and wrong after) and ``won``.
+        num_steps: optimizer steps taken.
+        cost: of training, by part.
+        extra: figures of hooks, rounds and penalties.
+    """
+
+    lr: float
+    metrics: Mapping[str, Mapping[str, float]]
+    num_steps: int
+    cost: Mapping[str, Cost]
+    extra: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm on one seed.
+
+    Args:
+        world: its name.
+        seed: its seed.
+        arm: the arm's name.
+        points: one per learning rate.
+        cost: of choosing, by part; paid once for all learning rates.
+        shares: share of each planted kind or source among the training rows.
+        num_rows: training rows, replay included.
+        num_distinct: distinct ones.
+        notes: what a reader must know.
+        seconds: wall time of the cell.
+    """
+
+    world: str
+    seed: int
+    arm: str
+    points: tuple[Point, ...]
+    cost: Mapping[str, Cost]
+    shares: Mapping[str, float]
+    num_rows: int
+    num_distinct: int
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def run_cell(desk: Desk, arm: ArmSpec, grid: Grid, *, total: float | None = None) -> Cell:
+    """Choose an arm's rows, train at every learning rate and measure.
+
+    Args:
+        desk: the seed's shared part.
+        arm: the arm.
+        grid: how every arm is trained.
+        total: flops that choosing and training together may use (an arm with ``total_of``); None for the grid's own steps.
+
+    Returns:
+        The cell.
+    """
+    started = time.perf_counter()
+    world, num_steps = desk.world, grid.num_steps
+    if arm.method in ROUND_METHODS:
+        runs = [train_in_rounds(desk, arm, grid, lr) for lr in grid.lrs]
+        points = tuple(
+            measure_point(world, run.model, lr, grid, num_steps, run.cost, run.extra)
+            for run, lr in zip(runs, grid.lrs, strict=True)
+        )
+        last = runs[-1]
+        ids = last.ids
+        return Cell(
+            world.name,
+            world.seed,
+            arm.name,
+            points,
+            {},
+            composition(world, ids),
+            len(ids),
+            len(set(ids)),
+            last.notes,
+            time.perf_counter() - started,
+        )
+    if total is not None:
+        num_steps, desk = _spend(desk, arm, grid, total)
+    choice = choose(desk, arm)
+    points = tuple(_train(desk, arm, grid, choice, lr, num_steps) for lr in grid.lrs)
+    return Cell(
+        world.name,
+        world.seed,
+        arm.name,
+        points,
+        choice.cost,
+        composition(world, choice.ids),
+        len(choice.ids),
+        len(set(choice.ids)),
+        choice.notes,
+        time.perf_counter() - started,
+    )
+
+
+def _spend(desk: Desk, arm: ArmSpec, grid: Grid, total: float) -> tuple[int, Desk]:
+    """Turn a total of flops into more steps and, as far as the pool goes, more rows at the same number of epochs."""
+    size = sum(p.numel() for p in desk.world.make_model().parameters())
+    mean_tokens = sum(row.num_tokens for row in desk.world.pool) / len(desk.world.pool)
+    per_step = Cost.of(size, forward=1, backward=1).flops * mean_tokens * grid.batch_size
+    num_steps = max(grid.num_steps, math.floor(total / per_step))
+    budget = min(len(desk.world.pool), round(desk.budget * num_steps / grid.num_steps))
+    return num_steps, Desk(desk.world, budget)
+
+
+def _train(desk: Desk, arm: ArmSpec, grid: Grid, choice: Choice, lr: float, num_steps: int) -> Point:
+    world, options = desk.world, dict(arm.train)
+    model = world.make_model()
+    rows, ids, cost = _masked(desk, choice.ids, options.get("stm"))
+    penalties, hook = make_parts(world, model, options)
+    start = {name: p.detach().clone() for name, p in trainable(model)} if "wise_ft" in options else {}
+    config = grid.loop(lr * options.get("lr_factor", 1.0), num_steps, world.seed)
+    loop = Loop(model, config, world.pad_id, penalties, hook)
+    plan = plan_steps(ids, batch_size=grid.batch_size, num_steps=num_steps, stream=desk.stream("order"))
+    loop.run(plan.steps, rows.__getitem__, choice.weights)
+    if start:
+        with torch.no_grad():
+            for name, p in trainable(model):
+                p.copy_(start[name] + options["wise_ft"] * (p - start[name]))
+    cost |= {"train": loop.cost, **{p.name: p.cost for p in penalties}}
+    extra = {"num_masked_away": float(len(choice.ids) - len(ids))} if "stm" in options else {}
+    if hook is not None:
+        cost[hook.name] = hook.cost
+        extra |= {f"hook_{k}": float(v) for k, v in hook.summary().items() if math.isfinite(v)}
+    return measure_point(world, model, lr, grid, num_steps, cost, extra)
+
+
+def _masked(
+    desk: Desk, ids: tuple[str, ...], settings: Mapping[str, Any] | None
+) -> tuple[Mapping[str, TokenRow], tuple[str, ...], dict[str, Cost]]:
+    """Mask unlikely tokens where the arm asks for it; rows that keep none leave the training list."""
+    if settings is None:
+        return desk.rows, ids, {}
+    distinct = [desk.rows[i] for i in dict.fromkeys(ids)]
+    nats = measure_nats(desk.world.make_model(), distinct, desk.world.pad_id)
+    masked = mask_rows(distinct, nats, **settings)
+    kept = {row.id: row for row in masked.rows}
+    return kept, tuple(i for i in ids if i in kept), {"masking": nats.cost}
+
+
+def make_parts(
+    world: World, model: nn.Module, options: Mapping[str, Any]
+) -> tuple[tuple[Penalty, ...], StepHook | None]:
+    """Build penalties and hook out of an arm's training options.
+
+    Args:
+        world: whose anchors and replay rows they read.
+        model: the model about to be trained, at its starting weights.
+        options: ``kl``, ``l2sp``, ``ewc`` (weights), ``hook`` (name) and ``hook_settings``.
+
+    Returns:
+        The penalties and the hook, or None.
+    """
+    penalties: list[Penalty] = []
+    if weight := options.get("kl"):
+        penalties.append(BaseKl(model, weight, pad_id=world.pad_id))
+    if weight := options.get("l2sp"):
+        penalties.append(L2Sp(model, weight))
+    if weight := options.get("ewc"):
+        penalties.append(Ewc(model, weight, estimate_fisher(model, list(world.replay), world.pad_id)))
+    if name := options.get("hook"):
+        settings = dict(options.get("hook_settings", {}))
+        return tuple(penalties), make_hook(
+            name, settings, model=model, sources=world.anchors, pad_id=world.pad_id, seed=world.seed
+        )
+    return tuple(penalties), None
+
+
+def measure_point(
+    world: World,
+    model: nn.Module,
+    lr: float,
+    grid: Grid,
+    num_steps: int,
+    cost: Mapping[str, Cost],
+    extra: Mapping[str, float],
+) -> Point:
+    """Measure a fine-tuned model beside the starting weights on every held-out set.
+
+    Args:
+        world: evaluation sets and starting weights.
+        model: the fine-tuned model.
+        lr: learning rate it was trained at.
+        grid: batch size of the evaluation.
+        num_steps: optimizer steps taken.
+        cost: of training, by part.
+        extra: further figures to keep.
+
+    Returns:
+        The point.
+    """
+    base = world.make_model()
+    metrics = {}
+    for held_out in world.evaluations:
+        rows, pad, size = held_out.rows, world.pad_id, grid.tokens_per_batch
+        before = evaluate_rows(base, rows, pad_id=pad, tokens_per_batch=size)
+        after = evaluate_rows(model, rows, pad_id=pad, tokens_per_batch=size)
+        kl = kl_rows(model, rows, base=base, pad_id=pad, tokens_per_batch=size)
+        metrics[held_out.name] = {
+            "loss_before": before.token_mean,
+            "loss_after": after.token_mean,
+            "exact_before": before.exact_share,
+            "exact_after": after.exact_share,
+            "kl": kl.token_mean,
+            "num_rows": float(len(rows)),
+            "lost": float((before.exact & ~after.exact).sum()),
+            "won": float((~before.exact & after.exact).sum()),
+        }
+    return Point(lr, metrics, num_steps, dict(cost), dict(extra))
+
+
+def with_total(arm: ArmSpec, other: Cell, grid: Grid) -> float:
+    """Add up what another arm's cell cost, per learning rate.
+
+    Args:
+        arm: an arm with ``total_of``.
+        other: the finished cell of that arm on the same seed.
+        grid: to check that it is complete.
+
+    Returns:
+        Flops of choosing and of one training run.
+
+    Raises:
+        ValueError: the cell belongs to another arm or lacks learning rates (our own mistake).
+    """
+    if other.arm != arm.total_of or len(other.points) != len(grid.lrs):
+        raise ValueError(f"{arm.name} takes the total of {arm.total_of}, got {other.arm}")
+    chosen = sum((c for c in other.cost.values()), Cost())
+    trained = max(sum((c for c in p.cost.values()), Cost()).flops for p in other.points)
+    return chosen.flops + trained

@@ -1,0 +1,1 @@
+"""Gain and forgetting, measured before and after, and the statistics of their differences."""
