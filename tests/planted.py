@@ -7,13 +7,17 @@ for an engine, only a tiny world with the answer written down.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gradsift.types import Direction, Noise, Problem
 
 P, D, GROUPS = 24, 16, 4
+E, NUM_TARGET_ROWS = (
+    8,
+    5,
+)  # embeddings: their width, and the target's rows, which point into a cone around the first axis
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class PlantedRow:
     loss: float
     gradient: np.ndarray  # [P]
     lexical: float
+    embedding: np.ndarray = field(default_factory=lambda: np.ones(E))  # [E]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,12 @@ class World:
 
 def direction(name: str, role: str, vector: np.ndarray) -> Direction:
     return Direction(name, role, float(np.linalg.norm(vector)), 64, 4096, 0.9, 0.02)
+
+
+def target_rows() -> np.ndarray:
+    """Embeddings [NUM_TARGET_ROWS, E] of the target's rows."""
+    spread = 0.2 * np.random.default_rng(11).normal(size=(NUM_TARGET_ROWS, E))
+    return (np.eye(E)[0] + spread).astype(np.float32)
 
 
 def problem_from_rows(
@@ -73,6 +84,9 @@ def problem_from_rows(
         emb_grad_norm=np.linalg.norm(gradients[:, :6], axis=1),
         head_grad_norm=np.linalg.norm(gradients[:, 6:12], axis=1),
         lexical=np.array([row.lexical for row in rows]),
+        embedding=np.array([row.embedding for row in rows], dtype=np.float32),
+        target_embedding=None if target is None else target_rows(),
+        target_ids=() if target is None else tuple(f"q{k}" for k in range(NUM_TARGET_ROWS)),
         anchors=tuple(direction(f"anchor{m}", "protect", a) for m, a in enumerate(anchors)),
         target=None if target is None else direction("target", "target", target),
         noise=noise,
@@ -83,10 +97,10 @@ def problem_from_rows(
 def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.2) -> World:
     """Rows of which ``share`` carry the planted signal; all else is noise of the same distribution.
 
-    Signals: long, short, loss_{low,middle,high}, norm_{low,middle,high}, lexical, gradient (towards the target, and no
+    Signals: long, short, loss_{low,middle,high}, norm_{low,middle,high}, lexical, embedding, gradient (towards the target, and no
     conflict; others towards it oppose an anchor), orthogonal (no anchor part).
     """
-    rng = np.random.default_rng(seed)
+    rng, apart = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     basis = np.linalg.qr(rng.normal(size=(P, P)))[0]
     u_target, u_a, u_b = basis[0], basis[1], 0.8 * basis[2] + 0.6 * basis[1]
     good = rng.permutation(n) < round(share * n)
@@ -113,9 +127,9 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
         length = int(np.exp(rng.normal(3.5, 0.4)))
         length = {"long": length + 60 * q, "short": max(1, length - 1000 * q)}.get(signal, length)
         lexical = abs(rng.normal()) + (2.5 * q if signal == "lexical" else 0)
-        rows.append(
-            PlantedRow(f"r{(i * 7919) % 10007:05d}", f"s{i % 3}", length, float(loss), gradient, float(lexical))
-        )
+        embedding = apart.normal(size=E) + (4 * q if signal == "embedding" else 0) * np.eye(E)[0]
+        name, source = f"r{(i * 7919) % 10007:05d}", f"s{i % 3}"
+        rows.append(PlantedRow(name, source, length, float(loss), gradient, float(lexical), embedding))
     anchors = np.array([1.3 * u_a, 0.7 * u_b])
     return World(tuple(rows), anchors, 2.0 * u_target, frozenset(r.id for r, q in zip(rows, good, strict=True) if q))
 
@@ -129,6 +143,7 @@ def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 
         return rng.integers(-4, 5, size=(n, *shape)) * scale * spread
 
     norm = 2.0 * (1 + levels(noise.norm))
+    angle = np.pi / 4 + levels(noise.embedding)  # between the two target rows: near both, and about as near to each
     return Problem(
         ids=tuple(f"r{i:02d}" for i in range(n)),
         sources=tuple(rng.choice(["a", "b"], size=n)),
@@ -142,6 +157,9 @@ def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 
         target_dot=(0.3 + levels(noise.cos)) * norm,
         sketch=rng.normal(size=(n, 5)).astype(np.float32),
         lexical=levels(1.0),
+        embedding=np.column_stack([np.cos(angle), np.sin(angle)]),
+        target_embedding=np.eye(2),
+        target_ids=("q0", "q1"),
         anchors=tuple(Direction(f"a{m}", "protect", 1.0 + m, 9, 99, 0.9, 0.0) for m in range(num_anchors)),
         target=Direction("target", "target", 1.0, 9, 99, 0.9, 0.0),
         noise=noise,
@@ -157,6 +175,10 @@ def remeasured(problem: Problem, seed: int) -> Problem:
         return rng.choice([-0.999, 0.0, 0.999, 0.5, -0.5], size=like.shape)
 
     noise = problem.noise
+    # A turn of angle a moves a unit vector, and so every cosine with it, by at most a.
+    turn = noise.embedding * jitter(problem.grad_norm)
+    x, y = problem.embedding.T
+    turned = np.column_stack([x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)])
     norm = problem.grad_norm * (1 + noise.norm * jitter(problem.grad_norm))
     anchor_cos = problem.anchor_cos + noise.cos * jitter(problem.anchor_cos)
     target_cos = problem.target_cos + noise.cos * jitter(problem.target_cos)
@@ -166,4 +188,5 @@ def remeasured(problem: Problem, seed: int) -> Problem:
         grad_norm=norm,
         anchor_dot=anchor_cos * norm[:, None],
         target_dot=target_cos * norm,
+        embedding=turned,
     )

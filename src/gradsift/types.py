@@ -156,12 +156,14 @@ class Noise:
         norm: relative bound on the gradient norm.
         cos: absolute bound on a cosine (dots relative to both norms).
         num_rows: how many rows were measured twice.
+        embedding: absolute bound on a cosine of two embeddings.
     """
 
     loss: float = 0.0
     norm: float = 0.0
     cos: float = 0.0
     num_rows: int = 0
+    embedding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,9 @@ class Problem:
         emb_grad_norm: float64 [N] norm of the embedding table's gradient.
         head_grad_norm: float64 [N] norm of the LM head's gradient.
         lexical: float64 [N] BM25 score against the target set.
+        embedding: float32 [N, d] position-weighted mean of the last hidden states.
+        target_embedding: float32 [n_t, d] the same of the target rows, in id order.
+        target_ids: their n_t ids, strictly increasing.
         anchors: M protect directions.
         target: the target direction.
         noise: measured numerical bounds.
@@ -239,6 +244,9 @@ class Problem:
     emb_grad_norm: Float[np.ndarray, " N"] | None = None
     head_grad_norm: Float[np.ndarray, " N"] | None = None
     lexical: Float[np.ndarray, " N"] | None = None
+    embedding: Float[np.ndarray, "N d"] | None = None
+    target_embedding: Float[np.ndarray, "n_t d"] | None = None
+    target_ids: tuple[str, ...] = ()
     anchors: tuple[Direction, ...] = ()
     target: Direction | None = None
     noise: Noise = Noise()
@@ -267,7 +275,25 @@ class Problem:
                 )
             if array.flags.writeable:
                 array.flags.writeable = False
+        self._check_target_embedding()
         self._check_gram()
+
+    def _check_target_embedding(self) -> None:
+        if self.target_embedding is None:
+            return
+        if len(self.target_ids) != len(self.target_embedding):
+            raise ValueError("Problem.target_ids must have one id per row of target_embedding")
+        if any(a >= b for a, b in zip(self.target_ids, self.target_ids[1:], strict=False)):
+            raise ValueError("Problem.target_ids must be strictly increasing")
+        bad = np.flatnonzero(~np.isfinite(self.target_embedding).all(axis=1))
+        if bad.size:
+            raise NumericsError(
+                "the embedding of a target row is not finite",
+                where=f"target row {self.target_ids[bad[0]]}",
+                expected="finite hidden states",
+                do="look at this row with gradsift inspect, and check the model with gradsift doctor",
+            )
+        self.target_embedding.flags.writeable = False
 
     def _check_gram(self) -> None:
         if self.gram is None:
@@ -306,7 +332,17 @@ class Problem:
         return self.target_dot / self.grad_norm
 
 
-SIGNALS = ("loss", "grad_norm", "anchor_dot", "target_dot", "sketch", "emb_grad_norm", "head_grad_norm", "lexical")
+SIGNALS = (
+    "loss",
+    "grad_norm",
+    "anchor_dot",
+    "target_dot",
+    "sketch",
+    "emb_grad_norm",
+    "head_grad_norm",
+    "lexical",
+    "embedding",
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ VARIANTS: dict[str, list[tuple[dict, str | None]]] = {
     "loss": [({"band": b}, f"loss_{b}") for b in ("low", "middle", "high")],
     "norm": [({"band": b}, f"norm_{b}") for b in ("low", "middle", "high")],
     "bm25": [({}, "lexical")],
+    "rds": [({}, "embedding"), ({"aggregate": "mean"}, "embedding"), ({"aggregate": "max"}, "embedding")],
     "target_cosine": [({}, "gradient")],
     "conflict": [({}, "gradient"), ({"drop": "worst", "worst_share": 0.4}, "gradient")],
     "ogs_static": [({}, "orthogonal")],
@@ -43,7 +44,7 @@ DRAWS = {"random"}
 SEEDED = DRAWS | {"hybrid"}  # hybrid draws its first cluster centres
 SET_LEVEL = {"ogs_dual"}  # chooses a set, whose rows are not the top of one score
 ROOM = {"ogs_dual": {"eps": 1e6}}  # the world as a whole opposes an anchor: room enough to take all of it
-NOISE = Noise(loss=1e-2, norm=1e-2, cos=1e-2, num_rows=8)
+NOISE = Noise(loss=1e-2, norm=1e-2, cos=1e-2, num_rows=8, embedding=1e-2)
 
 WORLD = planted_world("gradient")
 PROBLEM = WORLD.problem()
@@ -196,6 +197,9 @@ def test_a_missing_signal_is_refused_by_name(name, config, signal):
     if needs.target and needs.cost_class == "gradient":
         with pytest.raises(SignalError, match="target"):
             choose(name, config, replace(PROBLEM, target=None, gram=None))
+    if needs.target and "embedding" in needs.signals:
+        with pytest.raises(SignalError, match="target"):
+            choose(name, config, replace(PROBLEM, target_embedding=None, target_ids=()))
 
 
 @every

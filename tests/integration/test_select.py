@@ -86,7 +86,7 @@ def test_the_same_command_twice_is_bit_identical_and_measures_nothing(tmp_path, 
     assert manifest["cost"]["tokens"].get("collect", 0) == 0
 
 
-@pytest.mark.parametrize("method", ["ogs_dual", "target_cosine", "conflict", "hybrid", "norm", "loss"])
+@pytest.mark.parametrize("method", ["ogs_dual", "target_cosine", "conflict", "hybrid", "norm", "loss", "rds"])
 def test_row_order_and_batch_size_do_not_move_the_selection(tmp_path, navigator, method):
     files = world(tmp_path)
     base = run(files, tmp_path / "a", navigator, method)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradsift.cli import demo, doctor, evaluate, inspect, methods, report, select, train
+from gradsift.cli import compare, demo, doctor, evaluate, inspect, methods, report, select, train
 from gradsift.errors import GradsiftError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("select")(select.command)
 app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("doctor")(doctor.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)

@@ -20,8 +20,10 @@ WORDS = {
     "load": "loading the navigator",
     "adapter": "preparing the adapter",
     "anchors": "measuring anchors",
+    "target": "embedding the target",
     "collect": "measuring the pool",
     "noise": "measuring rounding",
+    "measuring": "measuring before and after",
     "select": "selecting",
     "write": "writing",
 }

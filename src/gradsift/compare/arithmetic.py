@@ -13,9 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from gradsift.compare.world import EvalSet, World
+from gradsift.data.cache import cache_folder, published_file
+from gradsift.errors import StoreError
+from gradsift.manifest import canonical_json, sha256_bytes
 from gradsift.seeds import key64, stream
 from gradsift.train.loop import Loop, LoopConfig
 from gradsift.types import RowStatus, TokenRow
@@ -232,10 +236,27 @@ def _model(s: ArithmeticSettings, words: _Words, seed: int, weights: dict[str, t
 
 
 def _pretrained(s: ArithmeticSettings, words: _Words, seed: int, rows: tuple[TokenRow, ...]) -> dict[str, torch.Tensor]:
+    """Train on A, or read the weights that an earlier run of the same seed and settings left in the cache folder."""
+    from safetensors.torch import load_file, save_file
+
+    own = {n: getattr(s, n) for n in ("modulus", "pretrain_steps", "pretrain_lr", "pretrain_decay", "hidden", "layers")}
+    # Raise `version` when the training code changes what it computes; another torch may round in another way.
+    key = sha256_bytes(canonical_json({**own, "seed": seed, "torch": torch.__version__, "version": 1}).encode())[:32]
+    path = cache_folder() / "worlds" / f"arithmetic-{key}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise StoreError(
+                "cached weights are damaged", where=str(path), got=str(error), do="delete this file and run again"
+            ) from None
     model = _model(s, words, seed, None)
     loop = Loop(
         model, LoopConfig(lr=s.pretrain_lr, total_steps=s.pretrain_steps, weight_decay=s.pretrain_decay), words.pad
     )
     for _ in range(s.pretrain_steps):
         loop.step(rows)
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+    with published_file(path) as temporary:
+        save_file(weights, temporary)
+    return weights

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from gradsift.compare.world import World
 from gradsift.data.lexical import lexical_scores
 from gradsift.errors import ConfigError
 from gradsift.methods.base import make_method
 from gradsift.seeds import Stream, stream
+from gradsift.train.crossfit import CrossfitConfig, Material, choose_crossfit, crossfit
 from gradsift.train.parts import Cost
 from gradsift.train.rescore import RescoreConfig, rescore
-from gradsift.types import Budget, Problem, TokenRow
+from gradsift.types import SIGNALS, Budget, Problem, TokenRow
 
 # Arms that only a planted world can have, or that choose by a rule of the comparison itself.
-ORACLE, DOMAIN = "oracle", "domain_looking"
+ORACLE, DOMAIN, CROSSFIT = "oracle", "domain_looking", "crossfit"
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class ArmSpec:
         train: overrides of the training options (``lr_factor``, ``wise_ft``, ``kl``, ``l2sp``, ``ewc``, ``hook`` ...).
         total_of: name of another arm whose total cost this arm may spend on training.
         placebo: ``permuted_scores`` or ``shuffled_anchors``; empty for none.
-        family: ``cheap`` (no gradients of the pool), ``gradsift``, ``surgery``, ``bound`` or ``placebo``; decides what is
-            compared with what.
+        family: ``cheap`` (no gradients of the pool), ``gradient``, ``gradsift``, ``training``, ``surgery``, ``bound`` or
+            ``placebo``; decides what is compared with what.
     """
 
     name: str
@@ -128,7 +130,7 @@ def measure(world: World, model: Any, lexical: Mapping[str, float] | None = None
         world.pool,
         world.anchors,
         world.target,
-        RescoreConfig(seed=world.seed),
+        RescoreConfig(seed=world.seed, embedding=True),
         pad_id=world.pad_id,
         copy_of=world.copy_of,
         sources=world.sources,
@@ -168,6 +170,8 @@ def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
     if arm.method == DOMAIN:
         looks = [i for i in keyed_order(desk) if i in desk.world.looks_domain]
         return Choice(tuple(looks[:count]))
+    if arm.method == CROSSFIT:
+        return _crossfit(desk, arm, count)
     method = make_method(arm.method, arm.settings)
     problem, cost = desk.start
     if arm.placebo:
@@ -214,6 +218,50 @@ def draw_replay(desk: Desk, count: int) -> tuple[str, ...]:
     return tuple(order[k % len(order)] for k in range(count))
 
 
+def _crossfit(desk: Desk, arm: ArmSpec, count: int) -> Choice:
+    world = desk.world
+    config = build_settings(CrossfitConfig, arm.settings, f"arm {arm.name}")
+    anchors = [row for rows in world.anchors.values() for row in rows]
+    material = Material(
+        world.make_model, world.pool, anchors, world.target, world.replay, world.copy_of, world.pad_id, world.seed
+    )
+    found = crossfit(material, config)
+    ids, notes = choose_crossfit(found, config, count, desk.stream("select/random"))
+    return Choice(ids, cost=found.cost, notes=notes)
+
+
+S = TypeVar("S")
+
+
+def build_settings(kind: type[S], settings: Mapping[str, Any], where: str) -> S:
+    """Build a settings dataclass, refusing unknown names and wrong values.
+
+    Args:
+        kind: a dataclass.
+        settings: its fields.
+        where: what a person is told is wrong.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: a field is unknown or its value has the wrong type.
+    """
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError("no such setting", where=where, got=", ".join(unknown), expected=", ".join(sorted(known)))
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            "a setting has a wrong value",
+            where=f"{where}, {first['loc']}",
+            got=repr(first["input"]),
+            expected=first["msg"],
+        ) from None
+
+
 def _oracle(desk: Desk, count: int) -> tuple[str, ...]:
     """Clean and replay rows of the pool, 5 to 3 as the pool holds them; the bound of what selection can do."""
     order, kinds = keyed_order(desk), desk.world.kinds
@@ -244,8 +292,7 @@ def disguise(problem: Problem, how: str, draw: Stream) -> Problem:
     def dealt(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else array[order].copy()
 
-    names = ("loss", "grad_norm", "anchor_dot", "target_dot", "sketch", "emb_grad_norm", "head_grad_norm", "lexical")
-    return replace(problem, **{name: dealt(getattr(problem, name)) for name in names})
+    return replace(problem, **{name: dealt(getattr(problem, name)) for name in SIGNALS})
 
 
 def composition(world: World, ids: Sequence[str]) -> dict[str, float]:

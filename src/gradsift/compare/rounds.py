@@ -1,4 +1,4 @@
-"""Arms whose choice and training are interleaved; filled in by ogs_rounds (ours)."""
+"""Arms whose choice and training are interleaved: ``ogs_rounds`` on the arm's own training run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from gradsift.compare.arms import build_settings, draw_replay
+from gradsift.train.loop import Loop
 from gradsift.train.parts import Cost
+from gradsift.train.rescore import RescoreConfig
+from gradsift.train.rounds import Board, RoundsConfig, play_rounds
 
 if TYPE_CHECKING:
     from gradsift.compare.arms import ArmSpec, Desk
@@ -23,7 +27,7 @@ class RoundRun:
 
     Args:
         model: the trained model.
-        ids: the rows it trained on in the end.
+        ids: the rows it trained on in the end, replay rows last.
         cost: of choosing and training, by part.
         extra: figures per run.
         notes: what a reader must know.
@@ -37,5 +41,43 @@ class RoundRun:
 
 
 def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun:
-    """Choose and train in rounds."""
-    raise NotImplementedError
+    """Choose and train in rounds at one learning rate.
+
+    Args:
+        desk: the seed's shared part.
+        arm: the arm; its settings are those of ``ogs_rounds``.
+        grid: how every arm is trained.
+        lr: learning rate.
+
+    Returns:
+        The trained model and what it cost.
+    """
+    world = desk.world
+    config = build_settings(RoundsConfig, arm.settings, f"arm {arm.name}")
+    replay = draw_replay(desk, round(arm.replay * desk.budget))
+    board = Board(
+        world.pool,
+        world.anchors,
+        world.target,
+        tuple(desk.rows[i] for i in replay),
+        world.copy_of,
+        world.pad_id,
+        RescoreConfig(seed=world.seed),
+        world.seed,
+    )
+    model = world.make_model()
+    loop = Loop(model, grid.loop(lr, grid.num_steps, world.seed), world.pad_id)
+    played = play_rounds(
+        loop,
+        board,
+        config,
+        num_rows=desk.budget - len(replay),
+        num_steps=grid.num_steps,
+        batch_size=grid.batch_size,
+        draw=desk.stream("select/random"),
+    )
+    extra = {"num_halved": float(sum(r.num_halved for r in played.rounds))}
+    for name in world.anchors:
+        extra[f"rise_{name}"] = played.rounds[-1].rise[name]
+        extra[f"price_{name}"] = played.rounds[-1].prices.get(name, 0.0)
+    return RoundRun(model, (*played.ids, *replay), {"train": loop.cost, "rescore": played.cost}, extra)

@@ -8,7 +8,7 @@ and redo only that part; a row that does not fit alone gets its own status.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from jaxtyping import Float
 
 from gradsift.data.batches import collate, plan_batches
 from gradsift.errors import NumericsError
-from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.embed import content_order, reorder, unit_distance
+from gradsift.gradients.hooks import Forwarded, GradientEngine
 from gradsift.seeds import Stream
 from gradsift.store.shards import ShardResult
 from gradsift.store.spec import content_hash
@@ -36,7 +37,7 @@ class Pass:
         directions: names of the engine's directions, in its order.
         tokens_per_batch: longest row times rows of a micro-batch.
         pad_id: padding token.
-        gradients: False measures losses only.
+        gradients: False measures losses only, and embeddings where the engine pools them.
         tick: called after every micro-batch with the rows and tokens done; raises to stop the run.
     """
 
@@ -58,6 +59,7 @@ class _Values:
     head: Float[np.ndarray, " n"]
     dots: Float[np.ndarray, "n M"]
     sketch: Float[np.ndarray, "n D"] | None
+    embedding: Float[np.ndarray, "n d"] | None
     fits: bool = True
 
 
@@ -99,6 +101,7 @@ def measure_shard(run: Pass, rows: Sequence[TokenRow]) -> ShardResult:
         dots=column("dots"),
         directions=run.directions if run.gradients else (),
         sketch=column("sketch").astype(np.float32) if parts[0].sketch is not None else None,
+        embedding=column("embedding").astype(np.float32) if parts[0].embedding is not None else None,
     )
 
 
@@ -131,7 +134,8 @@ def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
     device = next(run.engine.model.parameters()).device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     if not run.gradients:
-        return _empty(run, rows, loss=run.engine.losses(input_ids, labels).numpy())
+        seen = run.engine.forward_only(input_ids, labels, batch.lengths)
+        return _empty(run, rows, seen=seen)
     got = run.engine.measure(input_ids, labels, batch.lengths)
     return _Values(
         got.loss.numpy(),
@@ -140,18 +144,23 @@ def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
         got.head_norm.numpy(),
         got.dots.numpy(),
         None if got.sketch is None else got.sketch.numpy(),
+        None if got.embedding is None else got.embedding.numpy(),
     )
 
 
-def _empty(
-    run: Pass, rows: Sequence[TokenRow], *, loss: Float[np.ndarray, " n"] | None = None, fits: bool = True
-) -> _Values:
+def _empty(run: Pass, rows: Sequence[TokenRow], *, seen: Forwarded | None = None, fits: bool = True) -> _Values:
+    """Values without gradients: NaN, except what a forward saw."""
     n = len(rows)
     nan = np.full(n, np.nan)
     projector = run.engine.projector
     sketch = np.full((n, projector.dim), np.nan) if run.gradients and projector is not None else None
     num_directions = len(run.directions) if run.gradients else 0
-    return _Values(nan if loss is None else loss, nan, nan, nan, np.full((n, num_directions), np.nan), sketch, fits)
+    dim = run.engine.embedding_dim
+    embedding = None if dim is None else np.full((n, dim), np.nan)
+    if seen is not None and seen.embedding is not None:
+        embedding = seen.embedding.numpy()
+    loss = nan if seen is None else seen.loss.numpy()
+    return _Values(loss, nan, nan, nan, np.full((n, num_directions), np.nan), sketch, embedding, fits)
 
 
 def _status(values: _Values, k: int, row: TokenRow, gradients: bool) -> tuple[RowStatus, str]:
@@ -159,12 +168,44 @@ def _status(values: _Values, k: int, row: TokenRow, gradients: bool) -> tuple[Ro
         return RowStatus.OOM_AT_1, f"its {row.num_tokens} tokens do not fit in memory alone"
     if not np.isfinite(values.loss[k]):
         return RowStatus.NONFINITE_LOSS, f"its loss is {values.loss[k]}"
+    if values.embedding is not None and not np.isfinite(values.embedding[k]).all():
+        # A token behind the last trained one can be broken without touching the loss.
+        return RowStatus.NONFINITE_LOSS, f"its hidden states are not finite (its loss is {values.loss[k]:.4g})"
     if gradients:
         if not (np.isfinite(values.norm[k]) and np.isfinite(values.dots[k]).all()):
             return RowStatus.NONFINITE_GRAD, f"its gradient norm is {values.norm[k]}"
         if values.norm[k] == 0:
             return RowStatus.ZERO_GRAD, "its gradient is zero, so it has no direction"
     return row.status, row.reason
+
+
+def embed_rows(run: Pass, rows: Sequence[TokenRow]) -> Float[np.ndarray, "n d"]:
+    """Embed the rows of a target with a forward alone.
+
+    Args:
+        run: a pass whose engine pools embeddings, not entered.
+        rows: n usable token rows.
+
+    Returns:
+        float32 [n, d] in content order (:func:`gradsift.gradients.embed.content_order`).
+
+    Raises:
+        NumericsError: a row could not be embedded; it is named.
+    """
+    ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
+    with run.engine:
+        got = measure_shard(replace(run, gradients=False, directions=()), ordered)
+    bad = np.flatnonzero(~got.usable)
+    if bad.size:
+        raise NumericsError(
+            "a target row cannot be embedded",
+            where=f"target row {got.ids[bad[0]]}",
+            got=f"{got.status[bad[0]]}: {got.reason[bad[0]]}",
+            expected="finite hidden states",
+            do="look at this row with gradsift inspect, or leave it out of the target",
+        )
+    assert got.embedding is not None
+    return reorder(got.embedding, got.ids, content_order(rows))
 
 
 def measure_noise(
@@ -185,12 +226,14 @@ def measure_noise(
     keys = stream.uniform([row.id for row in rows])
     drawn = [rows[i] for i in np.argsort(keys, kind="stable")[:count]]
     floor = 16 * float(torch.finfo(run.engine.dtype).eps)
-    loss = norm = cos = 0.0
+    loss = norm = cos = turned = 0.0
     for row in drawn:
         alone, stored = measure_shard(run, [row]), shard_values(row.id)
         if not (alone.usable[0] and stored.usable[0]):
             continue
         loss = max(loss, abs(float(alone.loss[0] - stored.loss[0])))
+        if alone.embedding is not None and stored.embedding is not None:
+            turned = max(turned, unit_distance(alone.embedding[0], stored.embedding[0]))
         if run.gradients:
             norm = max(norm, abs(float(alone.grad_norm[0] / stored.grad_norm[0] - 1)))
             if run.directions:
@@ -202,6 +245,8 @@ def measure_noise(
         norm=SAFETY * norm + floor,
         cos=SAFETY * cos + floor,
         num_rows=len(drawn),
+        # Either of the two embeddings of a cosine may turn.
+        embedding=0.0 if run.engine.embedding_dim is None else SAFETY * 2 * turned + floor,
     )
 
 

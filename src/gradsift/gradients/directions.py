@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradsift.data.batches import collate, plan_batches
 from gradsift.errors import NumericsError
+from gradsift.gradients.embed import content_order, reorder
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
 from gradsift.manifest import write_bytes_atomic, write_json_atomic
@@ -35,6 +36,7 @@ class BuiltDirection:
         num_rows: n.
         num_tokens: tokens of those rows.
         mean_loss: mean of the rows' losses, nats per trained token.
+        embeddings: float32 [n, d] pooled hidden states of the rows in content order, or None.
     """
 
     name: str
@@ -44,6 +46,7 @@ class BuiltDirection:
     num_rows: int
     num_tokens: int
     mean_loss: float
+    embeddings: Float[np.ndarray, "n d"] | None = None
 
 
 def build_direction(
@@ -56,6 +59,7 @@ def build_direction(
     tokens_per_batch: int,
     pad_id: int,
     tick: Callable[[int, int], None] = lambda rows, tokens: None,
+    embedding: bool = False,
 ) -> BuiltDirection:
     """Average the gradients of some rows.
 
@@ -68,6 +72,7 @@ def build_direction(
         tokens_per_batch: longest row times rows of a micro-batch.
         pad_id: padding token.
         tick: called with rows and tokens done.
+        embedding: also keep the rows' embeddings.
 
     Returns:
         The unit direction, its length and the rows' sketches.
@@ -76,9 +81,9 @@ def build_direction(
         NumericsError: the mean gradient is zero or not finite, or a row's loss is not finite.
     """
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
-    engine = GradientEngine(model, parameters, projector=projector, building=True)
+    engine = GradientEngine(model, parameters, projector=projector, building=True, embedding=embedding)
     device = next(model.parameters()).device
-    sketches, losses = [], []
+    sketches, losses, embeddings = [], [], []
     with engine:
         for batch in plan_batches(ordered, range(len(ordered)), tokens_per_batch):
             some = [ordered[i] for i in batch]
@@ -87,6 +92,7 @@ def build_direction(
             assert got.sketch is not None
             sketches.append(got.sketch.numpy())
             losses.append(got.loss.numpy())
+            embeddings += [] if got.embedding is None else [got.embedding.numpy().astype(np.float32)]
             tick(len(some), sum(row.num_tokens for row in some))
     loss = np.concatenate(losses)
     square = sum(float(b.mean.double().square().sum()) for b in engine.blocks.values() if b.mean is not None)
@@ -109,6 +115,7 @@ def build_direction(
         len(ordered),
         sum(row.num_tokens for row in ordered),
         float(loss.mean()),
+        reorder(np.concatenate(embeddings), [row.id for row in ordered], content_order(rows)) if embedding else None,
     )
 
 
@@ -154,6 +161,8 @@ def save_direction(direction: BuiltDirection, folder: Path, digest: str) -> None
 
     tensors = {f"direction.{n}": m.contiguous().cpu() for n, m in direction.matrices.items()}
     tensors["sketches"] = torch.from_numpy(direction.sketches)
+    if direction.embeddings is not None:
+        tensors["embeddings"] = torch.from_numpy(direction.embeddings)
     write_bytes_atomic(folder / f"{digest}.safetensors", save(tensors))
     facts = {k: getattr(direction, k) for k in ("norm", "num_rows", "num_tokens", "mean_loss")}
     write_json_atomic(folder / f"{digest}.json", facts)
@@ -179,7 +188,42 @@ def load_direction(name: str, folder: Path, digest: str, device: torch.device) -
     if not facts_file.is_file() or not tensors_file.is_file():
         return None
     tensors = load_file(tensors_file)
-    matrices = {n.removeprefix("direction."): t.to(device) for n, t in tensors.items() if n != "sketches"}
+    sketches, embeddings = tensors.pop("sketches").numpy(), tensors.pop("embeddings", None)
     return BuiltDirection(
-        name=name, matrices=matrices, sketches=tensors["sketches"].numpy(), **json.loads(facts_file.read_text("utf-8"))
+        name=name,
+        matrices={n.removeprefix("direction."): t.to(device) for n, t in tensors.items()},
+        sketches=sketches,
+        embeddings=None if embeddings is None else embeddings.numpy(),
+        **json.loads(facts_file.read_text("utf-8")),
     )
+
+
+def save_embeddings(embeddings: Float[np.ndarray, "n d"], folder: Path, digest: str) -> None:
+    """Keep a target's embeddings on disk, where no gradient of it is measured.
+
+    Args:
+        embeddings: float32 [n, d] in content order.
+        folder: an existing folder.
+        digest: hash of the rows they were made from.
+    """
+    from safetensors.torch import save
+
+    write_bytes_atomic(
+        folder / f"{digest}.safetensors", save({"embeddings": torch.from_numpy(np.ascontiguousarray(embeddings))})
+    )
+
+
+def load_embeddings(folder: Path, digest: str) -> Float[np.ndarray, "n d"] | None:
+    """Read embeddings back, or None when they are not there.
+
+    Args:
+        folder: where :func:`save_embeddings` wrote.
+        digest: hash of the rows they must have been made from.
+
+    Returns:
+        float32 [n, d] in content order, bit for bit as they were measured, or None.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / f"{digest}.safetensors"
+    return load_file(path)["embeddings"].numpy() if path.is_file() else None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gradsift.errors import ModelError
 from gradsift.gradients.blocks import Block, Contribution, Totals, make_block
+from gradsift.gradients.embed import pool_positions
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.project import Projector
 
@@ -36,6 +37,7 @@ class Measured:
         sketch: [B, D] or None.
         emb_norm: float64 [B] norm of the input embedding's gradient (lookup part only when tied).
         head_norm: float64 [B] norm of the LM head's gradient (head part only when tied).
+        embedding: [B, d] position-weighted mean of the last hidden states, or None.
     """
 
     loss: Float[Tensor, " B"]
@@ -44,6 +46,20 @@ class Measured:
     sketch: Float[Tensor, "B D"] | None
     emb_norm: Float[Tensor, " B"]
     head_norm: Float[Tensor, " B"]
+    embedding: Float[Tensor, "B d"] | None = None
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """What a forward alone gives, on the CPU.
+
+    Args:
+        loss: float64 [B] mean nats per trained token.
+        embedding: [B, d] position-weighted mean of the last hidden states, or None.
+    """
+
+    loss: Float[Tensor, " B"]
+    embedding: Float[Tensor, "B d"] | None
 
 
 @dataclass
@@ -65,6 +81,7 @@ class _Batch:
     totals: Totals
     emb_square: Tensor
     head_square: Tensor
+    embedding: Tensor | None = None
 
 
 class GradientEngine:
@@ -76,6 +93,7 @@ class GradientEngine:
         projector: seed and size of the sketch, or None for none.
         directions: name -> [M, rows * cols] sign-flipped unit directions, from :meth:`flatten`; or None.
         building: also sum the gradients themselves, to build an anchor.
+        embedding: also pool the last hidden states, which are the LM head's input.
 
     Raises:
         ModelError: the model has no LM head that can be hooked.
@@ -89,6 +107,7 @@ class GradientEngine:
         projector: Projector | None = None,
         directions: Mapping[str, Tensor] | None = None,
         building: bool = False,
+        embedding: bool = False,
     ) -> None:
         self.model = model.eval()
         for parameter in model.parameters():
@@ -104,6 +123,7 @@ class GradientEngine:
                 expected="a causal language model whose output embedding is a linear layer",
                 do="choose another --navigator",
             )
+        self.embedding_dim = self._head.in_features if embedding else None
         self.blocks: dict[str, Block] = {}
         self._uses: dict[nn.Module, list[_Use]] = defaultdict(list)
         self._rules: dict[nn.Module, LayerRule] = {}
@@ -204,6 +224,8 @@ class GradientEngine:
     def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._batch is not None
         hidden = inputs[0]
+        if self.embedding_dim is not None:
+            self._batch.embedding = pool_positions(hidden.detach().to(self.dtype), self._batch.lengths)
         return (hidden.reshape(-1, hidden.shape[-1])[self._batch.positions][None], *inputs[1:])
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -261,19 +283,22 @@ class GradientEngine:
     # -- running -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def losses(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """Measure losses only: one forward, no backward.
+    def forward_only(
+        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]
+    ) -> Forwarded:
+        """Measure losses, and embeddings where the engine was asked for them: one forward, no backward.
 
         Args:
             input_ids: [B, T] right-padded tokens.
             labels: [B, T] with -100 where no loss is taken.
+            lengths: [B] real tokens per row.
 
         Returns:
-            float64 [B] mean nats per trained token.
+            Losses and embeddings.
         """
-        with self._running(input_ids, labels):
+        with self._running(input_ids, labels, lengths) as batch:
             loss, _ = self._loss(self._logits(input_ids), labels)
-        return loss.cpu()
+            return Forwarded(loss.cpu(), None if batch.embedding is None else batch.embedding.cpu())
 
     def measure(
         self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]
@@ -302,6 +327,7 @@ class GradientEngine:
                 None if totals.sketch is None else totals.sketch.cpu(),
                 batch.emb_square.clamp_min(0).sqrt().cpu(),
                 batch.head_square.clamp_min(0).sqrt().cpu(),
+                None if batch.embedding is None else batch.embedding.cpu(),
             )
 
     def _logits(self, input_ids: Tensor) -> Tensor:
@@ -312,7 +338,7 @@ class GradientEngine:
         return self.model(input_ids=input_ids, use_cache=False, **extra).logits
 
     @contextmanager
-    def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Iterator[_Batch]:
+    def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor) -> Iterator[_Batch]:
         size, width = input_ids.shape
         supervised = labels[:, 1:] != -100
         rows, columns = supervised.nonzero(as_tuple=True)
@@ -321,7 +347,7 @@ class GradientEngine:
         zeros = torch.zeros(size, dtype=torch.float64, device=self._device)
         dim = None if self.projector is None else self.projector.dim
         self._batch = _Batch(
-            tuple((lengths if lengths is not None else torch.full((size,), width)).tolist()),
+            tuple(lengths.tolist()),
             tuple(counts.tolist()),
             tuple(starts.tolist()),
             rows * width + columns,

@@ -17,6 +17,7 @@ from gradsift.methods import (
     ogs_dual,
     ogs_static,
     random_,
+    rds,
     target_cosine,
 )
 from gradsift.methods.base import Method, Needs, make_method, methods, register, require
@@ -36,6 +37,7 @@ __all__ = [
     "ogs_dual",
     "ogs_static",
     "random_",
+    "rds",
     "register",
     "require",
     "target_cosine",

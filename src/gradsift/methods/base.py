@@ -41,7 +41,7 @@ __all__ = [
     "take_ranked",
 ]
 
-FORWARD_SIGNALS = frozenset({"loss"})
+FORWARD_SIGNALS = frozenset({"loss", "embedding"})
 TEXT_SIGNALS = frozenset({"lexical"})
 GRADIENT_SIGNALS = frozenset(SIGNALS) - FORWARD_SIGNALS - TEXT_SIGNALS
 
@@ -223,3 +223,10 @@ def _require_directions(problem: Problem, method: Method) -> None:
     # BM25 compares with the target's words: it needs the rows of a target, not their gradient.
     if method.needs.target and method.needs.cost_class == "gradient" and problem.target is None:
         raise SignalError(f"{method.name} needs a target", where="target", got="none", do="give one: --target PATH")
+    if method.needs.target and "embedding" in method.needs.signals and problem.target_embedding is None:
+        raise SignalError(
+            f"{method.name} needs the embeddings of target rows",
+            where="target",
+            got="none",
+            do="give one: --target PATH",
+        )

@@ -21,7 +21,7 @@ from gradsift.pipeline.progress import Clock, Progress
 from gradsift.recipe import Recipe, parse_budget
 
 REACHED = 0.6  # share of a matrix product's speed that a forward and backward of a whole model reaches on a CPU
-BYTES_PER_ROW = 220  # row table and record, beside the sketch
+BYTES_PER_ROW = 220  # row table and record, beside the sketch and the embedding
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
     measured = {"pool": sum(row.num_tokens for row in measured_rows(prepared))} if cost != "text" else {}
     if cost == "gradient":
         measured |= {s.name: sum(row.num_tokens for row in s.usable) for s in prepared.directions}
+    elif "embedding" in method.needs.signals and prepared.target is not None:
+        measured[prepared.target.name] = sum(row.num_tokens for row in prepared.target.usable)
     lora = recipe.navigator.parameters == "lora"
     products = {"text": 0, "forward": 2, "gradient": 4 if lora else 6.5}[cost]
     seconds = products * counts * sum(measured.values()) / (REACHED * product_speed()) if measured else 0.0
@@ -165,7 +167,7 @@ def product_speed(seconds: float = 0.3) -> float:
 
 def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
     config = json.loads((prepared.resolved.folder / "config.json").read_text("utf-8"))
-    width = int(config.get("hidden_size", config.get("n_embd", 1024)))
+    width = _width(prepared)
     layers = int(config.get("num_hidden_layers", config.get("n_layer", 24)))
     vocabulary = int(config.get("vocab_size", 50_000))
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[prepared.recipe.navigator.dtype]
@@ -182,4 +184,11 @@ def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
 
 def _disk(prepared: Prepared, cost: str) -> int:
     sketch = 2 * prepared.recipe.collect.sketch_dim if cost == "gradient" else 0
-    return 0 if cost == "text" else len(measured_rows(prepared)) * (sketch + BYTES_PER_ROW)
+    embeds = "embedding" in prepared.method.needs.signals or prepared.recipe.collect.signals == "all"
+    embedding = 4 * _width(prepared) if embeds else 0
+    return 0 if cost == "text" else len(measured_rows(prepared)) * (sketch + embedding + BYTES_PER_ROW)
+
+
+def _width(prepared: Prepared) -> int:
+    config = json.loads((prepared.resolved.folder / "config.json").read_text("utf-8"))
+    return int(config.get("hidden_size", config.get("n_embd", 1024)))

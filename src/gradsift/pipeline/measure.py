@@ -16,8 +16,21 @@ from jaxtyping import Float
 from gradsift.data.batches import plan_shards
 from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.geometry.anchors import split_half
-from gradsift.gradients.collect import CODE_VERSION, Pass, measure_noise, measure_shard, refuse_if_mostly_bad
-from gradsift.gradients.directions import BuiltDirection, attach, build_direction, gram, load_direction, save_direction
+from gradsift.gradients.collect import (
+    CODE_VERSION,
+    Pass,
+    measure_noise,
+    measure_shard,
+    refuse_if_mostly_bad,
+)
+from gradsift.gradients.directions import (
+    BuiltDirection,
+    attach,
+    build_direction,
+    gram,
+    load_direction,
+    save_direction,
+)
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import VERSION, Projector
 from gradsift.gradients.warmup import warmed_adapter
@@ -25,6 +38,7 @@ from gradsift.manifest import hash_parts, make_folder, versions, write_json_atom
 from gradsift.models.adapter import adapter_sha256, attach_lora
 from gradsift.models.load import Navigator, load_navigator
 from gradsift.models.parameters import Coverage, Parameters, choose_parameters, coverage
+from gradsift.pipeline.embedding import embed_target, wants_embedding
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
 from gradsift.seeds import stream
@@ -52,6 +66,7 @@ class Measurement:
         gram: float64 [K, K] inner products of the unit directions, in that order.
         noise: measured numerical bounds.
         notes: remarks for the report.
+        target_embedding: float32 [n_t, d] embeddings of the target's rows in id order, or None.
     """
 
     navigator: Navigator
@@ -63,6 +78,7 @@ class Measurement:
     gram: Float[np.ndarray, "K K"]
     noise: Noise
     notes: tuple[Note, ...]
+    target_embedding: Float[np.ndarray, "n_t d"] | None = None
 
 
 def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
@@ -106,12 +122,13 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
             notes += remark
     parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
-    engine = GradientEngine(model, parameters.names if gradients else (), projector=projector)
+    embeds = wants_embedding(prepared, out)
+    engine = GradientEngine(model, parameters.names if gradients else (), projector=projector, embedding=embeds)
     covered = coverage(parameters, engine.blocks if gradients else parameters.names)
     notes += _coverage_note(covered)
-    spec = _spec(prepared, navigator, model, parameters, gradients)
+    spec = _spec(prepared, navigator, model, parameters, gradients, embeds)
     folder = store_folder(out / "signals", spec)
-    built = _directions(prepared, model, parameters, folder, clock) if gradients else []
+    built = _directions(prepared, model, parameters, folder, clock, embeds) if gradients else []
     attach(engine, built)
     run = Pass(
         engine,
@@ -121,6 +138,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         gradients,
         lambda n, tokens: clock.tick("collect", n, tokens),
     )
+    target_embedding = embed_target(prepared, run, built, folder, clock) if embeds else None
     _collect(prepared, run, rows, folder, spec, clock)
     store = open_store(folder, spec)
     with clock.stage("noise"):
@@ -138,6 +156,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         gram(built) if built else np.zeros((0, 0)),
         noise,
         tuple(notes),
+        target_embedding,
     )
 
 
@@ -206,10 +225,10 @@ def _coverage_note(covered: Coverage) -> list[Note]:
 
 
 def _spec(
-    prepared: Prepared, navigator: Navigator, model: nn.Module, parameters: Parameters, gradients: bool
+    prepared: Prepared, navigator: Navigator, model: nn.Module, parameters: Parameters, gradients: bool, embeds: bool
 ) -> GradientSpec:
     recipe = prepared.recipe
-    signals = ["loss"]
+    signals = ["loss", "embedding"] if embeds else ["loss"]
     if gradients:
         signals += ["grad_norm", "emb_grad_norm", "head_grad_norm", "sketch"]
         signals += ["dots"] if prepared.directions else []
@@ -232,7 +251,7 @@ def _spec(
 
 
 def _directions(
-    prepared: Prepared, model: nn.Module, parameters: Parameters, folder: Path, clock: Clock
+    prepared: Prepared, model: nn.Module, parameters: Parameters, folder: Path, clock: Clock, embeds: bool
 ) -> list[BuiltDirection]:
     recipe = prepared.recipe
     projector = Projector(recipe.seed, recipe.collect.sketch_dim)
@@ -255,6 +274,7 @@ def _directions(
                     tokens_per_batch=recipe.collect.tokens_per_batch,
                     pad_id=prepared.pad_id,
                     tick=lambda n, tokens: clock.tick("anchors", n, tokens),
+                    embedding=embeds and source is prepared.target,
                 )
                 save_direction(found, place, digest)
             built.append(found)
@@ -318,7 +338,7 @@ def _probe_size(num_rows: int) -> int:
 
 
 def _one_row(store: SignalStore, directions: tuple[str, ...]) -> Callable[[str], ShardResult]:
-    dots = store.dots(directions)
+    dots, embeds = store.dots(directions), "embedding" in store.spec.signals
 
     def look_up(row: str) -> ShardResult:
         at = store.positions([row])
@@ -336,6 +356,7 @@ def _one_row(store: SignalStore, directions: tuple[str, ...]) -> Callable[[str],
             head_grad_norm=store.head_grad_norm[at],
             dots=dots[at],
             directions=directions,
+            embedding=store.embedding([row]) if embeds and store.status[one].usable else None,
         )
 
     return look_up

@@ -46,6 +46,7 @@ def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
     at = np.array([place[first[row.id]] for row in rows], dtype=np.int64)
     store = measured.store.take(originals)
     signals = store.spec.signals
+    embeds = "embedding" in prepared.method.needs.signals  # as wide as the model: read for the methods that use it only
     anchors = [d for d in measured.directions if d.role == "protect"]
     target = next((d for d in measured.directions if d.role == "target"), None)
     return Problem(
@@ -60,6 +61,9 @@ def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
         head_grad_norm=store.head_grad_norm[at] if "head_grad_norm" in signals else None,
         anchors=tuple(anchors),
         target=target,
+        embedding=store.embedding(originals)[at] if embeds else None,
+        target_embedding=measured.target_embedding if embeds else None,
+        target_ids=tuple(sorted(row.id for row in prepared.target.usable)) if embeds and prepared.target else (),
         noise=measured.noise,
     )
 

@@ -58,7 +58,7 @@ class Record:
     status: Mapping[str, int]
     files: Mapping[str, FileMark]
     made_by: Mapping[str, str]
-    format: int = FORMAT
+    format: int = 1
 
 
 @dataclass(frozen=True)

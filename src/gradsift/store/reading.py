@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Float16, Float32, Int
 
 from gradsift.manifest import read_error, sha256_bytes
 from gradsift.store.ledger import SHARDS, Record, damage
-from gradsift.store.shards import COLUMNS, rows_file, sketch_file, unit_name
+from gradsift.store.shards import COLUMNS, embedding_file, rows_file, sketch_file, unit_name
 from gradsift.store.spec import GradientSpec
 from gradsift.types import RowStatus
 
@@ -139,13 +139,37 @@ def map_sketch(folder: Path, record: Record, spec: GradientSpec) -> Float16[np.n
         StoreError: the file does not hold n sketches of size D.
     """
     assert spec.projection is not None
-    name, shape = sketch_file(record.unit), (record.num_rows, spec.projection.dim)
+    array, name = _map_array(folder, record, sketch_file(record.unit), "float16")
+    shape = (record.num_rows, spec.projection.dim)
+    if array.shape != shape or array.dtype != np.float16:
+        raise damage(folder, record, name, f"{array.dtype} {array.shape}", f"float16 {shape}")
+    return array
+
+
+def map_embedding(folder: Path, record: Record) -> Float32[np.ndarray, "n d"]:
+    """Memory-map a shard's embeddings; the caller has checked the file's hash with :func:`read_checked`.
+
+    Args:
+        folder: the store's folder.
+        record: the shard's record.
+
+    Returns:
+        float32 [n, d], read-only; NaN for rows that are not usable. The model decides d.
+
+    Raises:
+        StoreError: the file does not hold n embeddings.
+    """
+    array, name = _map_array(folder, record, embedding_file(record.unit), "float32")
+    if array.ndim != 2 or len(array) != record.num_rows or array.dtype != np.float32:
+        raise damage(folder, record, name, f"{array.dtype} {array.shape}", f"float32 of {record.num_rows} rows")
+    return array
+
+
+def _map_array(folder: Path, record: Record, name: str, dtype: str) -> tuple[np.ndarray, str]:
     try:
         array = np.load(folder / SHARDS / name, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise damage(folder, record, name, "no such file", "an array") from None
     except (OSError, ValueError) as error:
-        raise damage(folder, record, name, f"{type(error).__name__}: {error}", "an array of float16") from error
-    if array.shape != shape or array.dtype != np.float16:
-        raise damage(folder, record, name, f"{array.dtype} {array.shape}", f"float16 {shape}")
-    return array
+        raise damage(folder, record, name, f"{type(error).__name__}: {error}", f"an array of {dtype}") from error
+    return array, name

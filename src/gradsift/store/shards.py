@@ -1,4 +1,4 @@
-"""One shard: a few rows' signals as a Parquet row table and a float16 array of sketches (ours).
+"""One shard: a few rows' signals as a Parquet row table and arrays of sketches (float16) and embeddings (float32) (ours).
 
 A sketch is stored divided by the row's gradient norm: norms range over many powers of ten and float16 does not, while
 the entries of a unit gradient's sketch are near 1/sqrt(D). The norm itself is in the row table, in float64.
@@ -45,6 +45,7 @@ class ShardResult:
         dots: float64 [n, M] dots with the directions, in the order of ``directions``.
         directions: M names.
         sketch: float32 [n, D] sketches of the whole gradient, not yet divided by its norm, or None.
+        embedding: float32 [n, d] pooled hidden states, or None.
     """
 
     ids: tuple[str, ...]
@@ -60,6 +61,7 @@ class ShardResult:
     dots: Float[np.ndarray, "n M"]
     directions: tuple[str, ...] = ()
     sketch: Float[np.ndarray, "n D"] | None = None
+    embedding: Float[np.ndarray, "n d"] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -70,8 +72,10 @@ class ShardResult:
                 raise ValueError(f"ShardResult.{name} has {len(getattr(self, name))} rows, expected {n}")
         if self.dots.shape != (n, len(self.directions)):
             raise ValueError(f"ShardResult.dots is {self.dots.shape}, expected {(n, len(self.directions))}")
-        if self.sketch is not None and (self.sketch.ndim != 2 or len(self.sketch) != n):
-            raise ValueError(f"ShardResult.sketch is {self.sketch.shape}, expected {n} rows")
+        for name in ("sketch", "embedding"):
+            array = getattr(self, name)
+            if array is not None and (array.ndim != 2 or len(array) != n):
+                raise ValueError(f"ShardResult.{name} is {array.shape}, expected {n} rows")
 
     @property
     def usable(self) -> Bool[np.ndarray, " n"]:
@@ -95,7 +99,8 @@ class ShardResult:
         texts = {name: tuple(getattr(self, name)[i] for i in rows) for name in _TEXTS}
         arrays = {name: getattr(self, name)[rows] for name in ("num_tokens", "num_trained", *COLUMNS, "dots")}
         sketch = None if self.sketch is None else self.sketch[rows]
-        return dataclasses.replace(self, **texts, **arrays, sketch=sketch)
+        embedding = None if self.embedding is None else self.embedding[rows]
+        return dataclasses.replace(self, **texts, **arrays, sketch=sketch, embedding=embedding)
 
 
 def unit_name(ids: tuple[str, ...], content_hashes: tuple[str, ...]) -> str:
@@ -136,6 +141,33 @@ def sketch_file(unit: str) -> str:
     return f"{unit}-sketch.npy"
 
 
+def embedding_file(unit: str) -> str:
+    """Name a shard's embeddings.
+
+    Args:
+        unit: the shard.
+
+    Returns:
+        A file name.
+    """
+    return f"{unit}-embedding.npy"
+
+
+def shard_files(unit: str, spec: GradientSpec) -> tuple[str, ...]:
+    """Name all files of a shard.
+
+    Args:
+        unit: the shard.
+        spec: what the store holds.
+
+    Returns:
+        The row table's name, then the arrays'.
+    """
+    arrays = [sketch_file(unit)] if spec.projection is not None else []
+    arrays += [embedding_file(unit)] if "embedding" in spec.signals else []
+    return (rows_file(unit), *arrays)
+
+
 def encode_shard(result: ShardResult, spec: GradientSpec) -> dict[str, bytes]:
     """Turn a shard into the bytes of its files.
 
@@ -144,7 +176,7 @@ def encode_shard(result: ShardResult, spec: GradientSpec) -> dict[str, bytes]:
         spec: what the store holds; the result must hold exactly that.
 
     Returns:
-        File name -> bytes, the row table and, when sketches are measured, the sketches.
+        File name -> bytes: the row table, and sketches and embeddings when they are measured.
 
     Raises:
         DataError: an id is no valid Unicode.
@@ -156,10 +188,15 @@ def encode_shard(result: ShardResult, spec: GradientSpec) -> dict[str, bytes]:
     dim = None if result.sketch is None else result.sketch.shape[1]
     if dim != (None if spec.projection is None else spec.projection.dim):
         raise ValueError(f"sketches of size {dim}, expected {spec.projection}")
+    if (result.embedding is not None) != ("embedding" in spec.signals):
+        raise ValueError(f"embeddings are given exactly when the spec names them: {spec.signals}")
     _check_finite(result, spec)
     files = {rows_file(result.unit): _encode_rows(result)}
     if result.sketch is not None:
         files[sketch_file(result.unit)] = _encode_sketch(result.sketch, result)
+    if result.embedding is not None:
+        whole = np.where(result.usable[:, None], result.embedding, np.nan)
+        files[embedding_file(result.unit)] = _encode_array(whole.astype(np.float32))
     return files
 
 
@@ -226,8 +263,12 @@ def _encode_sketch(sketch: Float[np.ndarray, "n D"], result: ShardResult) -> byt
             expected="entries of the unit gradient's sketch below 65504",
             do="report this as a defect of the projection",
         )
+    return _encode_array(unit)
+
+
+def _encode_array(array: np.ndarray) -> bytes:
     sink = io.BytesIO()
-    np.lib.format.write_array(sink, unit, version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(sink, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return sink.getvalue()
 
 
@@ -254,4 +295,5 @@ def make_record(
         status=dict(Counter(str(status) for status in result.status)),
         files={name: FileMark(len(data), sha256_bytes(data)) for name, data in files.items()},
         made_by=made_by,
+        format=spec.format,
     )

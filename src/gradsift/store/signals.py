@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +14,8 @@ from jaxtyping import Float, Float32, Int
 
 from gradsift.errors import StoreError
 from gradsift.store.ledger import Record, read_ledger
-from gradsift.store.reading import RowTable, decode_rows, map_sketch, read_checked
-from gradsift.store.shards import COLUMNS, sketch_file
+from gradsift.store.reading import RowTable, decode_rows, map_embedding, map_sketch, read_checked
+from gradsift.store.shards import COLUMNS, embedding_file, sketch_file
 from gradsift.store.spec import GradientSpec, compare, read_spec
 from gradsift.types import RowStatus
 
@@ -163,21 +163,33 @@ class SignalStore:
         """
         if self.spec.projection is None:
             raise StoreError("no sketches were measured", where=str(self.folder), do="collect into another --out")
-        at = self.positions(ids)
-        for i in at:
-            if not self.status[i].usable:
-                raise StoreError(
-                    "this row has no sketch",
-                    where=f"row {self.ids[i]}",
-                    got=f"status {self.status[i]}: {self.reason[i]}",
-                    expected="a row whose gradient was measured",
-                    do="leave rows out that are not usable",
-                )
-        out = np.empty((len(at), self.spec.projection.dim), dtype=np.float32)
-        for shard in np.unique(self.shard[at]):
-            here = np.flatnonzero(self.shard[at] == shard)
-            out[here] = self._sketches(self.records[shard])[self.row[at[here]]]
+        out = np.empty((len(ids), self.spec.projection.dim), dtype=np.float32)
+        for here, array, rows in self._parts(
+            ids, "sketch", sketch_file, lambda r: map_sketch(self.folder, r, self.spec)
+        ):
+            out[here] = array[rows]
         return out
+
+    def embedding(self, ids: Sequence[str]) -> Float32[np.ndarray, "k d"]:
+        """Read rows' embeddings.
+
+        Args:
+            ids: k row ids, all usable.
+
+        Returns:
+            float32 [k, d] in the order asked, exactly as measured; [0, 0] for no ids.
+
+        Raises:
+            StoreError: no embeddings were measured, an id is not committed or not usable, or a shard is damaged.
+        """
+        if "embedding" not in self.spec.signals:
+            raise StoreError("no embeddings were measured", where=str(self.folder), do="collect into another --out")
+        out: np.ndarray | None = None
+        for here, array, rows in self._parts(ids, "embedding", embedding_file, lambda r: map_embedding(self.folder, r)):
+            if out is None:
+                out = np.empty((len(ids), array.shape[1]), dtype=np.float32)
+            out[here] = array[rows]
+        return np.zeros((0, 0), dtype=np.float32) if out is None else out
 
     def gather(self, ids: Sequence[str]) -> Float32[np.ndarray, "k D"]:
         """Read rows' sketches at full length.
@@ -194,12 +206,27 @@ class SignalStore:
         norms = self.grad_norm[self.positions(ids)]
         return (self.unit_sketch(ids) * norms[:, None]).astype(np.float32)
 
-    def _sketches(self, record: Record) -> np.ndarray:
-        name = sketch_file(record.unit)
-        if name not in self._checked:
-            read_checked(self.folder, record, name)
-            self._checked.add(name)
-        return map_sketch(self.folder, record, self.spec)
+    def _parts(
+        self, ids: Sequence[str], what: str, file: Callable[[str], str], load: Callable[[Record], np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Walk the shards that hold some rows: places among the ids, the shard's checked array, rows of it."""
+        at = self.positions(ids)
+        for i in at:
+            if not self.status[i].usable:
+                raise StoreError(
+                    f"this row has no {what}",
+                    where=f"row {self.ids[i]}",
+                    got=f"status {self.status[i]}: {self.reason[i]}",
+                    expected="a row that was measured",
+                    do="leave rows out that are not usable",
+                )
+        for shard in np.unique(self.shard[at]):
+            here, record = np.flatnonzero(self.shard[at] == shard), self.records[shard]
+            name = file(record.unit)
+            if name not in self._checked:
+                read_checked(self.folder, record, name)
+                self._checked.add(name)
+            yield here, load(record), self.row[at[here]]
 
 
 def open_store(folder: Path, expected: GradientSpec | None = None) -> SignalStore:

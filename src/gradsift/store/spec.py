@@ -19,9 +19,9 @@ from jaxtyping import Bool, Int
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import canonical_json, hash_parts, read_error, seal, unseal
 
-FORMAT = 1
+FORMAT = 2  # newest layout that is read; 2 adds embeddings, and stores without them are still written as 1
 SPEC_FILE = "spec.json"
-SIGNALS = ("loss", "grad_norm", "emb_grad_norm", "head_grad_norm", "dots", "sketch")
+SIGNALS = ("loss", "grad_norm", "emb_grad_norm", "head_grad_norm", "dots", "sketch", "embedding")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class GradientSpec:
     def key(self) -> str:
         """blake2b of all fields, 16 hex digits; names the store's folder."""
         return hash_parts([canonical_json(self.fields()).encode("ascii")], digest_size=8)
+
+    @property
+    def format(self) -> int:
+        """Layout the store is written in: the oldest that can hold its signals, so that older versions read it."""
+        return 2 if "embedding" in self.signals else 1
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -219,7 +224,7 @@ def encode_spec(spec: GradientSpec) -> bytes:
     Returns:
         Sealed JSON.
     """
-    return seal({"format": FORMAT, "key": spec.key, "fields": spec.fields()})
+    return seal({"format": spec.format, "key": spec.key, "fields": spec.fields()})
 
 
 def read_spec(folder: Path) -> GradientSpec | None:

@@ -13,8 +13,8 @@ from gradsift.errors import StoreError
 from gradsift.manifest import TMP_SUFFIX, fsync_folder, make_folder, write_error
 from gradsift.store.ledger import LEDGER, QUARANTINE, RECORD_SUFFIX, SHARDS, Ledger, Record, read_ledger
 from gradsift.store.lock import take_lock
-from gradsift.store.reading import decode_rows, map_sketch, read_checked
-from gradsift.store.shards import rows_file, sketch_file
+from gradsift.store.reading import decode_rows, map_embedding, map_sketch, read_checked
+from gradsift.store.shards import embedding_file, rows_file, shard_files, sketch_file
 from gradsift.store.spec import SPEC_FILE, GradientSpec, read_spec
 from gradsift.store.writer import free_name
 
@@ -125,7 +125,7 @@ def _check_shard(
 ) -> Iterator[Damage]:
     """Check one shard; adds its statuses and ids to ``status`` and ``owner`` when its rows are sound."""
     table = rows_file(record.unit)
-    expected = {table} | ({sketch_file(record.unit)} if spec.projection is not None else set())
+    expected = set(shard_files(record.unit, spec))
     if set(record.files) != expected:
         detail = f"record names {sorted(record.files)}, expected {sorted(expected)}"
         yield Damage("rows", record.unit, f"{LEDGER}/{record.unit}{RECORD_SUFFIX}", detail)
@@ -133,7 +133,10 @@ def _check_shard(
     for name in sorted(expected - {table}):
         try:
             read_checked(folder, record, name)
-            map_sketch(folder, record, spec)
+            if name == sketch_file(record.unit):
+                map_sketch(folder, record, spec)
+            else:
+                map_embedding(folder, record)
         except StoreError as error:
             yield Damage("file", record.unit, f"{SHARDS}/{name}", f"{error.got}, expected {error.expected}")
     try:
@@ -187,7 +190,8 @@ def repair_store(folder: Path) -> RepairReport:
         for unit in units:
             moved += _move(folder, [f"{LEDGER}/{unit}{RECORD_SUFFIX}"])
             fsync_folder(folder / LEDGER)  # from here on the shard does not exist, whatever happens to its files
-            moved += _move(folder, [f"{SHARDS}/{rows_file(unit)}", f"{SHARDS}/{sketch_file(unit)}"])
+            names = (rows_file(unit), sketch_file(unit), embedding_file(unit))
+            moved += _move(folder, [f"{SHARDS}/{name}" for name in names])
         fsync_folder(folder / SHARDS)
         fsync_folder(folder / QUARANTINE)
         return RepairReport(tuple(units), tuple(moved), sum(rows.get(unit, 0) for unit in units))

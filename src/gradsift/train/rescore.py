@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -18,12 +19,14 @@ from gradsift.data.batches import plan_shards
 from gradsift.geometry.anchors import split_half
 from gradsift.gradients.collect import Pass, measure_shard
 from gradsift.gradients.directions import BuiltDirection, attach, build_direction, gram
+from gradsift.gradients.embed import content_order, reorder
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
 from gradsift.models.parameters import choose_parameters
 from gradsift.seeds import stream
+from gradsift.store.shards import ShardResult
 from gradsift.train.parts import Cost
-from gradsift.types import Direction, Problem, TokenRow
+from gradsift.types import SIGNALS, Direction, Problem, TokenRow
 
 TARGET = "target"
 
@@ -38,6 +41,7 @@ class RescoreConfig:
         keep_sketch: also sketch the pool rows.
         tokens_per_batch: longest row times rows of a micro-batch.
         seed: of sketches and splits.
+        embedding: also pool the hidden states of the pool's and the target's rows, in the same pass.
     """
 
     parameters: str | tuple[str, ...] = "all"
@@ -45,6 +49,7 @@ class RescoreConfig:
     keep_sketch: bool = False
     tokens_per_batch: int = 2048
     seed: int = 0
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,20 @@ def rescore(
         sets = {**anchors, **({TARGET: target} if target else {})}
         built = [
             build_direction(
-                name, model, names, rows, projector, tokens_per_batch=config.tokens_per_batch, pad_id=pad_id
+                name,
+                model,
+                names,
+                rows,
+                projector,
+                tokens_per_batch=config.tokens_per_batch,
+                pad_id=pad_id,
+                embedding=config.embedding and name == TARGET,
             )
             for name, rows in sets.items()
         ]
-        engine = GradientEngine(model, names, projector=projector if config.keep_sketch else None)
+        engine = GradientEngine(
+            model, names, projector=projector if config.keep_sketch else None, embedding=config.embedding
+        )
         attach(engine, built)
         run = Pass(engine, tuple(d.name for d in built), config.tokens_per_batch, pad_id)
         rows = list(measured.values())
@@ -156,6 +170,7 @@ def rescore(
         emb_grad_norm=column("emb_grad_norm"),
         head_grad_norm=column("head_grad_norm"),
         lexical=None if lexical is None else np.array([lexical[row.id] for row in kept]),
+        **_embeddings(config, shards, place, built, target),
         anchors=facts[:num],
         target=facts[num] if target else None,
         gram=gram(built) if built else None,
@@ -164,6 +179,25 @@ def rescore(
     size = sum(p.numel() for p in model.parameters())
     cost = Cost.of(size, forward=tokens, backward=tokens, seconds=time.perf_counter() - started)
     return Rescored(problem, cost, tuple(sorted(row.id for row in pool if copies.get(row.id, row.id) not in ok)))
+
+
+def _embeddings(
+    config: RescoreConfig,
+    shards: Sequence[ShardResult],
+    place: Sequence[tuple[int, int]],
+    built: Sequence[BuiltDirection],
+    target: Sequence[TokenRow],
+) -> dict[str, Any]:
+    """The problem's embedding fields; none of them unless they were asked for."""
+    if not config.embedding:
+        return {}
+    rows = [shards[s].embedding[k] for s, k in place]  # type: ignore[index]
+    fields: dict[str, Any] = {"embedding": np.stack(rows) if rows else None}
+    found = next((d.embeddings for d in built if d.name == TARGET), None)
+    if found is not None:
+        ids = tuple(sorted(row.id for row in target))
+        fields |= {"target_ids": ids, "target_embedding": reorder(found, content_order(target), ids)}
+    return fields
 
 
 def _facts(built: BuiltDirection, seed: int) -> Direction:
@@ -201,9 +235,5 @@ def restrict(problem: Problem, keep: Sequence[str]) -> Problem:
         sources=tuple(problem.sources[k] for k in at),
         num_tokens=problem.num_tokens[at].copy(),
         num_trained=problem.num_trained[at].copy(),
-        **{
-            name: part(getattr(problem, name))
-            for name in ("loss", "grad_norm", "anchor_dot", "target_dot", "sketch", "emb_grad_norm", "head_grad_norm")
-        },
-        lexical=part(problem.lexical),
+        **{name: part(getattr(problem, name)) for name in SIGNALS},
     )

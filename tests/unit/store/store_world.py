@@ -21,6 +21,7 @@ from gradsift.types import RowStatus
 
 DIRECTIONS = ("math", "target")
 DIM = 11
+WIDTH = 6  # of the embeddings, where they are measured
 
 
 def make_spec(**changes) -> GradientSpec:
@@ -42,6 +43,7 @@ def make_spec(**changes) -> GradientSpec:
 
 
 SPEC = make_spec()
+EMBEDDING_SPEC = make_spec(signals=(*SPEC.signals, "embedding"))
 
 
 def make_ids(count: int) -> tuple[str, ...]:
@@ -59,7 +61,11 @@ def status_of(name: str) -> RowStatus:
     return RowStatus.ZERO_GRAD if number % 13 == 5 else RowStatus.NONFINITE_LOSS if number % 17 == 6 else RowStatus.OK
 
 
-def measure(ids: Sequence[str], *, edition: int = 0, dim: int = DIM) -> ShardResult:
+def embeddings(ids: Sequence[str]) -> np.ndarray:
+    return np.stack([stream(1, f"embedding/{name}").numpy().standard_normal(WIDTH) for name in ids]).astype(np.float32)
+
+
+def measure(ids: Sequence[str], *, edition: int = 0, dim: int = DIM, embedding: bool = False) -> ShardResult:
     """Make the signals up. They depend on the id alone, never on the rows beside it."""
     n, status = len(ids), tuple(status_of(name) for name in ids)
     draws = np.stack([stream(1, f"row/{name}").numpy().standard_normal(8 + dim) for name in ids])
@@ -81,6 +87,7 @@ def measure(ids: Sequence[str], *, edition: int = 0, dim: int = DIM) -> ShardRes
         dots=np.where(usable[:, None], draws[:, 2:4] * norm[:, None], np.nan),
         directions=DIRECTIONS,
         sketch=np.where(usable[:, None], draws[:, 8:] / np.sqrt(dim) * norm[:, None], np.nan).astype(np.float32),
+        embedding=np.where(usable[:, None], embeddings(ids), np.nan).astype(np.float32) if embedding else None,
     )
 
 
@@ -97,7 +104,8 @@ def fill(
     with open_writer(folder, spec) as writer:
         todo = writer.missing(ids, [content(name) for name in ids])
         for start in range(0, len(todo), rows_per_shard):
-            result = measure([ids[i] for i in todo[start : start + rows_per_shard]], dim=spec.projection.dim)
+            some = [ids[i] for i in todo[start : start + rows_per_shard]]
+            result = measure(some, dim=spec.projection.dim, embedding="embedding" in spec.signals)
             measured(result)
             writer.commit(result)
             committed(result)
@@ -108,6 +116,7 @@ def snapshot(store: SignalStore, ids: Sequence[str] | None = None) -> dict[str, 
     view = store if ids is None else store.take(ids)
     usable = [name for name, status in zip(view.ids, view.status) if status.usable]
     sketch = dict(zip(usable, view.unit_sketch(usable))) if usable else {}
+    pooled = dict(zip(usable, view.embedding(usable))) if usable and "embedding" in view.spec.signals else {}
     numbers = np.column_stack([view.loss, view.grad_norm, view.emb_grad_norm, view.head_grad_norm, view.all_dots])
     return {
         name: (
@@ -118,6 +127,7 @@ def snapshot(store: SignalStore, ids: Sequence[str] | None = None) -> dict[str, 
             int(view.num_trained[i]),
             numbers[i].tobytes(),
             sketch[name].tobytes() if name in sketch else b"",
+            *([pooled[name].tobytes()] if name in pooled else []),
         )
         for i, name in enumerate(view.ids)
     }
@@ -127,7 +137,7 @@ def read(folder: Path, spec: GradientSpec = SPEC) -> dict[str, tuple]:
     return snapshot(open_store(folder, spec))
 
 
-def truth(ids: Sequence[str], dim: int = DIM) -> dict[str, tuple]:
+def truth(ids: Sequence[str], dim: int = DIM, *, embedding: bool = False) -> dict[str, tuple]:
     """What a store must say, computed without the store (its slow, obvious twin)."""
     result = measure(ids, dim=dim)
     rows = {}
@@ -145,6 +155,7 @@ def truth(ids: Sequence[str], dim: int = DIM) -> dict[str, tuple]:
             int(result.num_trained[i]),
             np.array(numbers).tobytes(),
             unit,
+            *([embeddings([name]).tobytes()] if embedding and result.status[i].usable else []),
         )
     return rows
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from store_world import DIRECTIONS, SPEC, content, fill, make_ids, make_spec, measure, memory_folder, read, truth
+from store_world import (
+    DIRECTIONS,
+    EMBEDDING_SPEC,
+    SPEC,
+    content,
+    fill,
+    make_ids,
+    make_spec,
+    measure,
+    memory_folder,
+    read,
+    truth,
+)
 
 from gradsift.errors import DataError, NumericsError, SpecError, StoreError
 from gradsift.store.shards import ShardResult, unit_name
@@ -217,6 +230,7 @@ def test_a_shape_error_is_our_own_mistake():
         {"loss": good.loss[:3]},
         {"dots": good.dots[:, :1]},
         {"sketch": good.sketch[:3]},
+        {"embedding": good.sketch[:3]},
         {"status": good.status[:1]},
     ):
         with pytest.raises(ValueError):
@@ -230,9 +244,19 @@ def test_the_store_needs_no_torch():
 
 @pytest.mark.parametrize("folder", FORMATS, ids=lambda p: p.name)
 def test_every_released_format_still_opens(folder):
-    """Stores of released versions, written by ``fill(folder, make_ids(6), 4)``; never change them."""
+    """Stores of every format, written by ``fill(folder, make_ids(6), 4)``, from 2 on with embeddings; never change them."""
+    embedding = folder.name != "format_1"
     assert verify_store(folder).ok
-    assert read(folder) == truth(make_ids(6))
+    assert read(folder, EMBEDDING_SPEC if embedding else SPEC) == truth(make_ids(6), embedding=embedding)
+
+
+def test_a_store_is_written_in_the_oldest_format_that_holds_its_signals(room):
+    for number, spec in enumerate([SPEC, EMBEDDING_SPEC], start=1):
+        fill(room / str(number), make_ids(6), 4, spec=spec)
+        for name in ("spec.json", *(f"ledger/{p.name}" for p in (room / str(number) / "ledger").iterdir())):
+            assert json.loads((room / str(number) / name).read_bytes())["format"] == number
+        kept = Path(__file__).parent / f"format_{number}"
+        assert (room / str(number) / "spec.json").read_bytes() == (kept / "spec.json").read_bytes()
 
 
 def test_there_is_a_store_of_this_format():

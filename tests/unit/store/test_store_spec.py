@@ -12,7 +12,7 @@ from store_world import DIM, SPEC, fill, make_ids, make_spec, read, truth
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import seal
 from gradsift.store.signals import open_store
-from gradsift.store.spec import GradientSpec, Projection, compare, content_hash, set_hash, store_folder
+from gradsift.store.spec import FORMAT, GradientSpec, Projection, compare, content_hash, set_hash, store_folder
 from gradsift.store.writer import open_writer
 
 CHANGES = {
@@ -136,12 +136,12 @@ def test_set_hash_forgets_the_order_and_keeps_the_number(hashes, random):
 
 
 def test_a_store_from_the_future_is_refused_in_plain_words(filled):
-    future = seal({"format": 2, "key": SPEC.key, "fields": SPEC.fields()})
+    future = seal({"format": FORMAT + 1, "key": SPEC.key, "fields": SPEC.fields()})
     (filled / "spec.json").write_bytes(future)
     for opening in (lambda: open_store(filled), lambda: open_writer(filled, SPEC)):
         with pytest.raises(StoreError, match="newer gradsift") as caught:
             opening()
-        assert caught.value.got == "format 2"
+        assert caught.value.got == f"format {FORMAT + 1}"
         assert "upgrade" in caught.value.do
 
 
@@ -150,7 +150,7 @@ def test_a_record_from_the_future_is_refused(filled):
     value = json.loads(path.read_bytes())
     del value["seal"]
     for extra in ({}, {"a new field": 1}):
-        path.write_bytes(seal({**value, **extra, "format": 2}))
+        path.write_bytes(seal({**value, **extra, "format": FORMAT + 1}))
         with pytest.raises(StoreError, match="newer gradsift"):
             open_store(filled)
 

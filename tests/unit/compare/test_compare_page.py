@@ -1,0 +1,96 @@
+"""The page of a comparison: losing arms and missing cells are on it, foreign text does nothing."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from tests.fabricated import cell, config, filed, table, values
+
+from gradsift.compare.analysis import Missing, analyse
+from gradsift.report.compare_page import headline, render_compare, render_html
+
+MEANS = {"random": 0.20, "cheap": 0.25, "ours": 0.10, "oracle": 0.60}
+MANIFEST = {
+    "command": "gradsift compare --out '<script>alert(1)</script>'",
+    "date": "2026-01-01T00:00:00+00:00",
+    "commit": "c" * 40,
+    "hardware": "a machine",
+    "config_sha256": "f" * 64,
+    "versions": {"gradsift": "0.1.0"},
+    "config": {"seeds": [0]},
+}
+
+
+def page(found=None, cells=None, missing=()):
+    found = found or config()
+    return render_html(found, analyse(found, cells or table(found, MEANS), missing), MANIFEST)
+
+
+def test_the_page_shows_losing_arms_claims_and_missing_cells():
+    html = page(missing=(Missing("ours", 10, "it broke <b>badly</b>"),))
+    assert "0 of 2 declared claims supported in the arithmetic world" in html
+    assert "no advantage over random was measured" in html
+    assert "no advantage over cheap was measured" in html
+    assert "it broke &lt;b&gt;badly&lt;/b&gt;" in html
+    assert "ours (seeds 10)" in html
+    assert html.count("<svg") == 5
+    assert "20,000 null draws" in html
+    assert "never does" in html
+
+
+def test_the_page_is_one_file_without_scripts():
+    html = page()
+
+    class Look(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("script", "iframe", "object", "img", "base", "form", "embed")
+            for key, value in attrs:
+                assert not key.startswith("on")
+                if key in ("href", "src"):
+                    assert value.startswith("#") or value == "data:,"
+
+    Look().feed(html)
+    assert "<script>" not in html
+    assert "default-src &#39;none&#39;" in html
+    assert not re.search(r"url\(|@import", html)
+    assert page() == html
+
+
+def test_hostile_names_are_only_seen():
+    evil = '"><img src=x onerror=alert(1)>\u202e'
+    found = config(seeds="0-1")
+    cells = {
+        (name, seed): filed(
+            cell(name, seed, [(0.4, 0.4), (0.3, 0.5)], notes=(evil,), shares={evil: 0.5, "{{7*7}}": 0.5})
+        )
+        for name in MEANS
+        for seed in (0, 1)
+    }
+    html = page(found, cells)
+    assert "<img" not in html
+    assert "\u202e" not in html
+    assert "{{7*7}}" in html
+
+
+@pytest.mark.parametrize("drop", ["random", "oracle", "cheap"])
+def test_arms_may_be_absent(drop):
+    found = config()
+    page(found, {key: one for key, one in table(found, MEANS).items() if key[0] != drop})
+
+
+def test_one_seed_and_constant_differences_draw():
+    found = config(seeds="0")
+    page(found, table(found, MEANS))
+    found = config(seeds="0-1")
+    page(found, {(n, s): filed(cell(n, s, [(0.5, 0.5), (0.5, 0.5)])) for n in MEANS for s in (0, 1)})
+
+
+def test_a_failed_placebo_is_the_headline(tmp_path):
+    arms = [*values()["arms"], {"name": "null", "method": "ogs_dual", "placebo": "permuted_scores"}]
+    found = config(arms=arms)
+    got = analyse(found, table(found, {**MEANS, "null": 0.5}), ())
+    assert "placebo check failed" in headline(found, got)
+    path = render_compare(tmp_path, found, got, MANIFEST)
+    assert "THE CHECK FAILS" in path.read_text("utf-8")
