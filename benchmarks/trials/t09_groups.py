@@ -116,7 +116,7 @@ def judge(figures: Mapping[int, dict[str, Any]]) -> Outcome:
 
 TRIAL = Trial(
     "T9",
-    range(5),
+    range(10),
     measure,
     judge,
     {"training": vars(TRAINING), "groups": GROUPS, "group_size": SIZE, "runs": NUM_RUNS},
