@@ -14,6 +14,7 @@ import numpy as np
 from gradsift.types import Direction, Noise, Problem
 
 P, D, GROUPS = 24, 16, 4
+ANCHOR_LOSS = np.linspace(0.5, 2.0, 31)  # starting losses of the anchors' rows
 E, NUM_TARGET_ROWS = (
     8,
     5,
@@ -29,6 +30,8 @@ class PlantedRow:
     gradient: np.ndarray  # [P]
     lexical: float
     embedding: np.ndarray = field(default_factory=lambda: np.ones(E))  # [E]
+    likeness: float = 0.0
+    held_out_loss: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ def problem_from_rows(
         embedding=np.array([row.embedding for row in rows], dtype=np.float32),
         target_embedding=None if target is None else target_rows(),
         target_ids=() if target is None else tuple(f"q{k}" for k in range(NUM_TARGET_ROWS)),
+        likeness=np.array([row.likeness for row in rows]),
+        held_out_loss=np.array([row.held_out_loss for row in rows]),
+        anchor_loss=ANCHOR_LOSS.copy(),
         anchors=tuple(direction(f"anchor{m}", "protect", a) for m, a in enumerate(anchors)),
         target=None if target is None else direction("target", "target", target),
         noise=noise,
@@ -98,9 +104,10 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
     """Rows of which ``share`` carry the planted signal; all else is noise of the same distribution.
 
     Signals: long, short, loss_{low,middle,high}, norm_{low,middle,high}, lexical, embedding, gradient (towards the target, and no
-    conflict; others towards it oppose an anchor), orthogonal (no anchor part).
+    conflict; others towards it oppose an anchor), orthogonal (no anchor part), trust (three in four look like the domain
+    and probes believe them, one in four is known; others look like the domain and are not believed, or are not known).
     """
-    rng, apart = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    rng, apart, probed = (np.random.default_rng(key) for key in (seed, [seed, 1], [seed, 2]))
     basis = np.linalg.qr(rng.normal(size=(P, P)))[0]
     u_target, u_a, u_b = basis[0], basis[1], 0.8 * basis[2] + 0.6 * basis[1]
     good = rng.permutation(n) < round(share * n)
@@ -128,8 +135,16 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
         length = {"long": length + 60 * q, "short": max(1, length - 1000 * q)}.get(signal, length)
         lexical = abs(rng.normal()) + (2.5 * q if signal == "lexical" else 0)
         embedding = apart.normal(size=E) + (4 * q if signal == "embedding" else 0) * np.eye(E)[0]
+        likeness, held_out = probed.normal(), 2 + 0.3 * probed.normal()
+        if signal == "trust":
+            kind = ("clean" if probed.random() < 0.75 else "known") if q else ("wrong" if t else "foreign")
+            likeness = 0.2 * likeness + 2 * (kind in ("clean", "wrong"))
+            held_out += {"clean": -1.0, "wrong": 1.0}.get(kind, 0.0)
+            loss = {"known": 1.2, "foreign": 4.0}.get(kind, 3.0) + 0.1 * probed.normal()
         name, source = f"r{(i * 7919) % 10007:05d}", f"s{i % 3}"
-        rows.append(PlantedRow(name, source, length, float(loss), gradient, float(lexical), embedding))
+        rows.append(
+            PlantedRow(name, source, length, float(loss), gradient, float(lexical), embedding, likeness, held_out)
+        )
     anchors = np.array([1.3 * u_a, 0.7 * u_b])
     return World(tuple(rows), anchors, 2.0 * u_target, frozenset(r.id for r, q in zip(rows, good, strict=True) if q))
 
@@ -160,6 +175,9 @@ def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 
         embedding=np.column_stack([np.cos(angle), np.sin(angle)]),
         target_embedding=np.eye(2),
         target_ids=("q0", "q1"),
+        likeness=levels(1.0),
+        held_out_loss=1.0 + levels(noise.loss),
+        anchor_loss=2.0 + np.arange(-3, 4) * noise.loss * spread,
         anchors=tuple(Direction(f"a{m}", "protect", 1.0 + m, 9, 99, 0.9, 0.0) for m in range(num_anchors)),
         target=Direction("target", "target", 1.0, 9, 99, 0.9, 0.0),
         noise=noise,
@@ -185,6 +203,8 @@ def remeasured(problem: Problem, seed: int) -> Problem:
     return replace(
         problem,
         loss=problem.loss + noise.loss * jitter(problem.loss),
+        held_out_loss=problem.held_out_loss + noise.loss * jitter(problem.held_out_loss),
+        anchor_loss=problem.anchor_loss + noise.loss * jitter(problem.anchor_loss),
         grad_norm=norm,
         anchor_dot=anchor_cos * norm[:, None],
         target_dot=target_cos * norm,

@@ -111,6 +111,26 @@ class CollectConfig(Strict):
     abort_share: float = Field(default=0.05, ge=0.0, le=1.0)
 
 
+class ProbeConfig(Strict):
+    """Short trainings of the navigator, for methods that ask what other rows teach about a row.
+
+    Probes train what ``navigator.parameters`` names: a fresh adapter for lora, else these weights themselves.
+
+    Args:
+        num_repeats: times the rows are dealt into two folds; each gives two probes.
+        num_steps: optimizer steps of a probe.
+        batch_size: rows per step.
+        lr: AdamW learning rate; whole models of more than some million weights want less than an adapter.
+        replay: share of a probe's rows that are anchor rows.
+    """
+
+    num_repeats: int = Field(default=1, ge=1)
+    num_steps: int = Field(default=40, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    replay: float = Field(default=0.25, ge=0.0, lt=1.0)
+
+
 class MethodConfig(Strict):
     """The rule that chooses.
 
@@ -133,6 +153,7 @@ class Recipe(Strict):
         data: reading and masking.
         navigator: the measuring model.
         collect: the pass.
+        probe: short trainings, for methods that need them.
         method: the rule.
         budget: ``10%``, ``500`` or ``20000tok``.
         allow_weak_anchor: let methods constrain on an anchor whose split-half reliability is below 0.2.
@@ -145,6 +166,7 @@ class Recipe(Strict):
     data: DataConfig = DataConfig()
     navigator: NavigatorConfig = NavigatorConfig()
     collect: CollectConfig = CollectConfig()
+    probe: ProbeConfig = ProbeConfig()
     method: MethodConfig
     budget: str
     allow_weak_anchor: bool = False

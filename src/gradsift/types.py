@@ -219,6 +219,12 @@ class Problem:
         embedding: float32 [N, d] position-weighted mean of the last hidden states.
         target_embedding: float32 [n_t, d] the same of the target rows, in id order.
         target_ids: their n_t ids, strictly increasing.
+        likeness: float64 [N] log p_target / p_pool of the row's tokens, mean nats per token.
+        held_out_loss: float64 [N] mean loss, in nats per trained token, under the probes that did not train on the row.
+        anchor_loss: float64 [n_a] loss of every anchor row at the starting weights, anchors in their order, rows in id
+            order.
+        copy_group: N names, equal for rows of equal tokens and mask (the smallest id among them); empty where rows are
+            not told apart this way.
         anchors: M protect directions.
         target: the target direction.
         noise: measured numerical bounds.
@@ -247,6 +253,10 @@ class Problem:
     embedding: Float[np.ndarray, "N d"] | None = None
     target_embedding: Float[np.ndarray, "n_t d"] | None = None
     target_ids: tuple[str, ...] = ()
+    likeness: Float[np.ndarray, " N"] | None = None
+    held_out_loss: Float[np.ndarray, " N"] | None = None
+    anchor_loss: Float[np.ndarray, " n_a"] | None = None
+    copy_group: tuple[str, ...] = ()
     anchors: tuple[Direction, ...] = ()
     target: Direction | None = None
     noise: Noise = Noise()
@@ -258,6 +268,8 @@ class Problem:
             raise ValueError("Problem.ids must be strictly increasing")
         if len(self.sources) != n:
             raise ValueError("Problem.sources must have one label per id")
+        if self.copy_group and len(self.copy_group) != n:
+            raise ValueError("Problem.copy_group must be empty or have one name per id")
         for name in ("num_tokens", "num_trained", *SIGNALS):
             array = getattr(self, name)
             if array is None:
@@ -276,6 +288,7 @@ class Problem:
             if array.flags.writeable:
                 array.flags.writeable = False
         self._check_target_embedding()
+        self._check_anchor_loss()
         self._check_gram()
 
     def _check_target_embedding(self) -> None:
@@ -294,6 +307,20 @@ class Problem:
                 do="look at this row with gradsift inspect, and check the model with gradsift doctor",
             )
         self.target_embedding.flags.writeable = False
+
+    def _check_anchor_loss(self) -> None:
+        if self.anchor_loss is None:
+            return
+        bad = np.flatnonzero(~np.isfinite(self.anchor_loss))
+        if bad.size:
+            raise NumericsError(
+                "the loss of an anchor row is not finite",
+                where=f"anchor row number {bad[0]}",
+                got=str(self.anchor_loss[bad[0]]),
+                expected="a finite number",
+                do="look at the anchor's rows with gradsift inspect, and check the model with gradsift doctor",
+            )
+        self.anchor_loss.flags.writeable = False
 
     def _check_gram(self) -> None:
         if self.gram is None:
@@ -342,6 +369,8 @@ SIGNALS = (
     "head_grad_norm",
     "lexical",
     "embedding",
+    "likeness",
+    "held_out_loss",
 )
 
 

@@ -30,7 +30,7 @@ def command(
         console.print(f"ready: {resolved.source}", markup=False, highlight=False)
         return
     from gradsift.cli.select import run
-    from gradsift.demo.rows import write_demo_rows
+    from gradsift.data.exam_rows import write_demo_rows
     from gradsift.demo.table import kept_and_why
     from gradsift.recipe import build_recipe
 

@@ -20,7 +20,8 @@ def command() -> None:
         settings = ", ".join(f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(cls))
         out.add_row(name, ", ".join(needs) or "-", method.needs.cost_class, cls.summary, settings or "-", cls.paper)
     console.print(out)
-    console.print("cost: text = no model, forward = one forward per row, gradient = one forward and backward per row")
+    console.print("cost: text = no model, forward = one forward per row, gradient = one forward and backward per row,")
+    console.print("probe = one forward per row and several short trainings of the navigator")
     console.print(
         "ogs (the learned policy) is not built yet; ogs_dual solves its constrained choice on one set of signals"
     )

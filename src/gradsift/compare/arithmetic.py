@@ -1,6 +1,7 @@
 """The arithmetic world: a tiny transformer that knows one sum and is to learn another (after trials.md, section 13).
 
-Task A, ``x + y mod p``, is known to 100% and must be kept. The pool mixes *clean* rows of domain B, ``min(x, y)``, *replay* (correct A),
+Task A, ``x + y mod p``, is what the model was pretrained on and must be kept (not every seed reaches 100%: each cell's
+``exact_before`` says what was known). The pool mixes *clean* rows of domain B, ``min(x, y)``, *replay* (correct A),
 *conflict* (A's own tokens under a wrong rule, so no word tells them from replay), *noise* (B with random answers), one
 *duplicate* many times, and an *irrelevant* task C. A row is ``BOS x op y = z``; only ``z`` carries loss. Pairs are
 split once per seed: evaluation, anchor, target, replay and pool pairs of a task do not meet.
@@ -18,7 +19,7 @@ from torch import nn
 
 from gradsift.compare.world import EvalSet, World
 from gradsift.data.cache import cache_folder, published_file
-from gradsift.errors import StoreError
+from gradsift.errors import ConfigError, StoreError
 from gradsift.manifest import canonical_json, sha256_bytes
 from gradsift.seeds import key64, stream
 from gradsift.train.loop import Loop, LoopConfig
@@ -66,6 +67,18 @@ class ArithmeticSettings:
     pretrain_decay: float = 1.0
     hidden: int = 64
     layers: int = 2
+
+    def __post_init__(self) -> None:
+        needed = {"A": self.num_eval + self.num_anchor + self.num_replay, "B": self.num_eval + self.num_target}
+        for task, taken in needed.items():
+            if taken >= self.modulus**2:
+                raise ConfigError(
+                    "the held-out pairs leave none for the pool",
+                    where=f"arithmetic world, task {task}",
+                    got=f"{taken} of {self.modulus**2} pairs",
+                    expected=f"fewer than {self.modulus**2}",
+                    do="raise modulus or lower num_eval, num_anchor, num_target or num_replay",
+                )
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from gradsift.compare.world import World
 from gradsift.data.lexical import lexical_scores
 from gradsift.errors import ConfigError
+from gradsift.evaluate.losses import RowLosses, evaluate_rows
 from gradsift.methods.base import make_method
 from gradsift.seeds import Stream, stream
 from gradsift.train.crossfit import CrossfitConfig, Material, choose_crossfit, crossfit
@@ -27,6 +29,8 @@ from gradsift.types import SIGNALS, Budget, Problem, TokenRow
 
 # Arms that only a planted world can have, or that choose by a rule of the comparison itself.
 ORACLE, DOMAIN, CROSSFIT = "oracle", "domain_looking", "crossfit"
+EVALUATION_TOKENS = 2048  # longest row times rows of an evaluation batch; nothing but memory depends on it
+TRAIN_OPTIONS = frozenset({"lr_factor", "wise_ft", "kl", "l2sp", "ewc", "stm", "hook", "hook_settings"})
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ class ArmSpec:
             raise ConfigError(
                 "a replay share is out of range", where=f"arm {self.name}", got=self.replay, expected="0 <= replay < 1"
             )
+        where = f"arm {self.name}"
+        if unknown := sorted(set(self.train) - TRAIN_OPTIONS):
+            known = ", ".join(sorted(TRAIN_OPTIONS))
+            raise ConfigError("no such training option", where=where, got=", ".join(unknown), expected=known)
+        if self.placebo == "permuted_scores" and self.method in (ORACLE, DOMAIN, CROSSFIT):
+            # It would run undisguised, and be shown as a placebo.
+            raise ConfigError("this method reads no scores to permute", where=where, got=self.method)
 
 
 @dataclass(frozen=True)
@@ -109,9 +120,47 @@ class Desk:
         got = measure(self.world, self.world.make_model(), self.lexical)
         return got
 
+    @cached_property
+    def unmeasured(self) -> Problem:
+        """Rows and words without any signal, for methods that need no model."""
+        rows = sorted(self.world.pool, key=lambda row: row.id)
+        return Problem(
+            ids=tuple(row.id for row in rows),
+            sources=tuple(self.world.sources.get(row.id, "pool") for row in rows),
+            num_tokens=np.array([row.num_tokens for row in rows], dtype=np.int64),
+            num_trained=np.array([row.num_trained for row in rows], dtype=np.int64),
+            num_read=len(rows),
+            num_trained_read=sum(row.num_trained for row in rows),
+            lexical=np.array([self.lexical[row.id] for row in rows]),
+        )
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The starting weights, for measuring; never trained."""
+        return self.world.make_model()
+
+    @cached_property
+    def before(self) -> dict[str, RowLosses]:
+        """Losses of the held-out rows at the starting weights, by evaluation set; measured once for all arms."""
+        pad = self.world.pad_id
+        return {
+            one.name: evaluate_rows(self.base, one.rows, pad_id=pad, tokens_per_batch=EVALUATION_TOKENS)
+            for one in self.world.evaluations
+        }
+
     def stream(self, name: str) -> Stream:
         """Return a stream of this seed; the same name gives the same draws to every arm."""
         return stream(self.world.seed, f"compare/{name}")
+
+
+def rescoring(model: nn.Module, seed: int) -> RescoreConfig:
+    """Say how signals are measured: over the adapter where the world trains one, and over all weights elsewhere.
+
+    A model with an adapter is a large one: every layer's input is kept during a pass, so its batches are smaller.
+    """
+    if any(".lora_A." in name for name, _ in model.named_parameters()):
+        return RescoreConfig(parameters="lora", tokens_per_batch=512, seed=seed)
+    return RescoreConfig(seed=seed)
 
 
 def measure(world: World, model: Any, lexical: Mapping[str, float] | None = None) -> tuple[Problem, Cost]:
@@ -130,7 +179,7 @@ def measure(world: World, model: Any, lexical: Mapping[str, float] | None = None
         world.pool,
         world.anchors,
         world.target,
-        RescoreConfig(seed=world.seed, embedding=True),
+        replace(rescoring(model, world.seed), embedding=True),
         pad_id=world.pad_id,
         copy_of=world.copy_of,
         sources=world.sources,
@@ -165,15 +214,15 @@ def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
     Returns:
         The choice without replay.
     """
-    if arm.method == ORACLE:
-        return Choice(_oracle(desk, count))
-    if arm.method == DOMAIN:
+    if arm.method in (ORACLE, DOMAIN):
         looks = [i for i in keyed_order(desk) if i in desk.world.looks_domain]
-        return Choice(tuple(looks[:count]))
+        ids = _oracle(desk, count) if arm.method == ORACLE else tuple(looks[:count])
+        return Choice(ids, notes=(f"shortage: {len(ids)} of {count} rows",) if len(ids) < count else ())
     if arm.method == CROSSFIT:
         return _crossfit(desk, arm, count)
     method = make_method(arm.method, arm.settings)
-    problem, cost = desk.start
+    text_only = method.needs.cost_class == "text" and not arm.placebo
+    problem, cost = (desk.unmeasured, Cost()) if text_only else desk.start
     if arm.placebo:
         problem = disguise(problem, arm.placebo, desk.stream(f"placebo/{arm.placebo}"))
     needs = method.needs.cost_class
@@ -182,16 +231,21 @@ def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
         spent["collect"] = cost
     elif needs == "forward":
         spent["collect"] = Cost(cost.flops / 3, cost.forward_tokens, 0, cost.seconds / 3)
+    lost = len(desk.world.pool) - problem.size
+    said = (f"{lost} rows have no finite signal and cannot be chosen",) if lost else ()
     if arm.method == "full":
-        return Choice(tuple(problem.ids), cost=spent)
+        return Choice(tuple(problem.ids), cost=spent, notes=said)
     selection = method.select(problem, Budget(rows=count), desk.stream("select/random"))
     weights = dict(zip(selection.ids, selection.weights.tolist(), strict=True))
     notes = tuple(note.text for note in selection.notes)
-    return Choice(tuple(selection.ids), weights, spent, notes)
+    return Choice(tuple(selection.ids), weights, spent, said + notes)
 
 
 def keyed_order(desk: Desk) -> list[str]:
-    """Pool ids in the seed's random order, the one that the random arm takes."""
+    """Pool ids in a random order of the seed's own, whatever the order of the pool.
+
+    It is not the order of the random arm, whose method draws from a child of the same stream.
+    """
     ids = [row.id for row in desk.world.pool]
     draws = desk.stream("select/random").uniform(ids)
     return [ids[k] for k in np.lexsort((np.array(ids), draws))]

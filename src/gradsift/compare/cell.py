@@ -14,6 +14,7 @@ from torch import nn
 from gradsift.compare.arms import ArmSpec, Choice, Desk, choose, composition
 from gradsift.compare.rounds import ROUND_METHODS, train_in_rounds
 from gradsift.compare.world import World
+from gradsift.errors import ConfigError
 from gradsift.evaluate.divergence import kl_rows
 from gradsift.evaluate.losses import evaluate_rows
 from gradsift.train.hooks import make_hook
@@ -125,13 +126,20 @@ def run_cell(desk: Desk, arm: ArmSpec, grid: Grid, *, total: float | None = None
 
     Returns:
         The cell.
+
+    Raises:
+        ConfigError: an arm in rounds asks for what rounds do not do.
     """
     started = time.perf_counter()
     world, num_steps = desk.world, grid.num_steps
     if arm.method in ROUND_METHODS:
+        if arm.train or arm.placebo or total is not None:
+            raise ConfigError(
+                "an arm in rounds takes no training options, placebo or other arm's total", where=f"arm {arm.name}"
+            )
         runs = [train_in_rounds(desk, arm, grid, lr) for lr in grid.lrs]
         points = tuple(
-            measure_point(world, run.model, lr, grid, num_steps, run.cost, run.extra)
+            measure_point(desk, run.model, lr, grid, num_steps, run.cost, run.extra)
             for run, lr in zip(runs, grid.lrs, strict=True)
         )
         last = runs[-1]
@@ -195,7 +203,7 @@ def _train(desk: Desk, arm: ArmSpec, grid: Grid, choice: Choice, lr: float, num_
     if hook is not None:
         cost[hook.name] = hook.cost
         extra |= {f"hook_{k}": float(v) for k, v in hook.summary().items() if math.isfinite(v)}
-    return measure_point(world, model, lr, grid, num_steps, cost, extra)
+    return measure_point(desk, model, lr, grid, num_steps, cost, extra)
 
 
 def _masked(
@@ -223,6 +231,9 @@ def make_parts(
 
     Returns:
         The penalties and the hook, or None.
+
+    Raises:
+        ConfigError: ``ewc`` is asked of a world without replay rows.
     """
     penalties: list[Penalty] = []
     if weight := options.get("kl"):
@@ -230,6 +241,8 @@ def make_parts(
     if weight := options.get("l2sp"):
         penalties.append(L2Sp(model, weight))
     if weight := options.get("ewc"):
+        if not world.replay:
+            raise ConfigError("ewc is estimated on replay rows, and the world has none", where=world.name)
         penalties.append(Ewc(model, weight, estimate_fisher(model, list(world.replay), world.pad_id)))
     if name := options.get("hook"):
         settings = dict(options.get("hook_settings", {}))
@@ -240,7 +253,7 @@ def make_parts(
 
 
 def measure_point(
-    world: World,
+    desk: Desk,
     model: nn.Module,
     lr: float,
     grid: Grid,
@@ -251,7 +264,7 @@ def measure_point(
     """Measure a fine-tuned model beside the starting weights on every held-out set.
 
     Args:
-        world: evaluation sets and starting weights.
+        desk: evaluation sets and starting weights.
         model: the fine-tuned model.
         lr: learning rate it was trained at.
         grid: batch size of the evaluation.
@@ -262,13 +275,12 @@ def measure_point(
     Returns:
         The point.
     """
-    base = world.make_model()
     metrics = {}
-    for held_out in world.evaluations:
-        rows, pad, size = held_out.rows, world.pad_id, grid.tokens_per_batch
-        before = evaluate_rows(base, rows, pad_id=pad, tokens_per_batch=size)
+    for held_out in desk.world.evaluations:
+        rows, pad, size = held_out.rows, desk.world.pad_id, grid.tokens_per_batch
+        before = desk.before[held_out.name]
         after = evaluate_rows(model, rows, pad_id=pad, tokens_per_batch=size)
-        kl = kl_rows(model, rows, base=base, pad_id=pad, tokens_per_batch=size)
+        kl = kl_rows(model, rows, base=desk.base, pad_id=pad, tokens_per_batch=size)
         metrics[held_out.name] = {
             "loss_before": before.token_mean,
             "loss_after": after.token_mean,

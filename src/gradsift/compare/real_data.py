@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from gradsift.compare.text_data import tidy
+from gradsift.data.exam_rows import MEDMCQA
 from gradsift.data.fetch import find_package_file
-from gradsift.demo.rows import MEDMCQA
 from gradsift.errors import DataError
 from gradsift.seeds import stream
 

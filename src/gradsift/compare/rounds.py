@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from gradsift.compare.arms import build_settings, draw_replay
+from gradsift.compare.arms import build_settings, draw_replay, rescoring
 from gradsift.train.loop import Loop
 from gradsift.train.parts import Cost
-from gradsift.train.rescore import RescoreConfig
 from gradsift.train.rounds import Board, RoundsConfig, play_rounds
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun
     world = desk.world
     config = build_settings(RoundsConfig, arm.settings, f"arm {arm.name}")
     replay = draw_replay(desk, round(arm.replay * desk.budget))
+    model = world.make_model()
     board = Board(
         world.pool,
         world.anchors,
@@ -62,10 +62,9 @@ def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun
         tuple(desk.rows[i] for i in replay),
         world.copy_of,
         world.pad_id,
-        RescoreConfig(seed=world.seed),
+        rescoring(model, world.seed),
         world.seed,
     )
-    model = world.make_model()
     loop = Loop(model, grid.loop(lr, grid.num_steps, world.seed), world.pad_id)
     played = play_rounds(
         loop,
@@ -80,4 +79,6 @@ def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun
     for name in world.anchors:
         extra[f"rise_{name}"] = played.rounds[-1].rise[name]
         extra[f"price_{name}"] = played.rounds[-1].prices.get(name, 0.0)
-    return RoundRun(model, (*played.ids, *replay), {"train": loop.cost, "rescore": played.cost}, extra)
+    short = desk.budget - len(replay) - len(played.ids)
+    notes = (f"shortage: {short} rows fewer than the budget, the pool is used up",) if short else ()
+    return RoundRun(model, (*played.ids, *replay), {"train": loop.cost, "rescore": played.cost}, extra, notes)

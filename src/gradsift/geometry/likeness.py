@@ -15,7 +15,7 @@ SMOOTHING = 0.5  # added to every token's count on both sides
 
 
 def token_likeness(
-    rows: Sequence[Int[np.ndarray, " T"]], target: Sequence[Int[np.ndarray, " T"]]
+    rows: Sequence[Int[np.ndarray, " _"]], target: Sequence[Int[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " N"]:
     """Score rows by the mean over their tokens of log p_target(token) / p_pool(token).
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gradsift.methods import (
     bm25,
     conflict,
+    crossfit,
     full,
     hybrid,
     length,
@@ -27,6 +28,7 @@ __all__ = [
     "Needs",
     "bm25",
     "conflict",
+    "crossfit",
     "full",
     "hybrid",
     "length",

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from gradsift.errors import ConfigError, NumericsError, SignalError
+from gradsift.geometry.trust import Prior
 from gradsift.methods.audit import NO_CUT, build_selection, refuse_empty, select_ranked
 from gradsift.methods.taking import Allowance, Taken, refuse_empty_pool, resolve_budget, shortage_note, take_ranked
 from gradsift.seeds import Stream
@@ -42,8 +43,9 @@ __all__ = [
 ]
 
 FORWARD_SIGNALS = frozenset({"loss", "embedding"})
-TEXT_SIGNALS = frozenset({"lexical"})
-GRADIENT_SIGNALS = frozenset(SIGNALS) - FORWARD_SIGNALS - TEXT_SIGNALS
+TEXT_SIGNALS = frozenset({"lexical", "likeness"})
+PROBE_SIGNALS = frozenset({"held_out_loss"})
+GRADIENT_SIGNALS = frozenset(SIGNALS) - FORWARD_SIGNALS - TEXT_SIGNALS - PROBE_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,30 @@ class Needs:
         anchors: at least one protect anchor.
         target: a target set.
         constrains: the method constrains on anchors, so weak ones need ``allow_weak_anchor``.
+        probes: which rows short trainings of the navigator learn from, or None where none are trained.
     """
 
     signals: frozenset[str] = frozenset()
     anchors: bool = False
     target: bool = False
     constrains: bool = False
+    probes: Prior | None = None
+
+    def __post_init__(self) -> None:
+        if (self.probes is not None) != bool(self.signals & PROBE_SIGNALS):
+            raise ValueError("probes are named exactly when a signal needs them")
 
     @property
     def cost_class(self) -> str:
-        """``text`` (no model), ``forward`` (one forward) or ``gradient`` (one forward and backward) per row."""
+        """What measuring takes, the dearest part.
+
+        ``text`` no model, ``forward`` one forward per row, ``probe`` one forward and several short trainings,
+        ``gradient`` one forward and backward per row (and the probes, where there are any).
+        """
         if self.signals & GRADIENT_SIGNALS:
             return "gradient"
+        if self.probes is not None:
+            return "probe"
         return "forward" if self.signals & FORWARD_SIGNALS else "text"
 
 
@@ -213,7 +227,9 @@ def require(problem: Problem, method: Method) -> None:
 
 
 def _require_directions(problem: Problem, method: Method) -> None:
-    if method.needs.anchors and not problem.anchors:
+    # Probes compare with the losses of anchor rows and need no direction.
+    given = problem.anchor_loss is not None and problem.anchor_loss.size if method.needs.probes else problem.anchors
+    if method.needs.anchors and not given:
         raise SignalError(
             f"{method.name} needs at least one protect anchor",
             where="anchors",

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from gradsift.manifest import write_bytes_atomic
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
-from gradsift.types import RowStatus, Selection
+from gradsift.types import Problem, RowStatus, Selection
 
 
 def audit_table(prepared: Prepared, measured: Measurement | None, selection: Selection) -> pa.Table:
@@ -100,6 +100,26 @@ def _signals(measured: Measurement | None, first: Sequence[str], status: Sequenc
         columns["emb_grad_norm"] = column(store.emb_grad_norm)
         columns["head_grad_norm"] = column(store.head_grad_norm)
     return columns
+
+
+def with_probes(table: pa.Table, problem: Problem) -> pa.Table:
+    """Add what crossfit looks at, where it was measured: likeness and loss under probes, null for rows never eligible.
+
+    Args:
+        table: from :func:`audit_table`.
+        problem: the eligible rows.
+
+    Returns:
+        The table, with the columns ``likeness`` and ``held_out_loss`` where the problem has them.
+    """
+    place = {row: i for i, row in enumerate(problem.ids)}
+    at = [place.get(row) for row in table["id"].to_pylist()]
+    for name in ("likeness", "held_out_loss"):
+        values = getattr(problem, name)
+        if values is not None:
+            column = pa.array([None if i is None else float(values[i]) for i in at], pa.float32())
+            table = table.append_column(name, column)
+    return table
 
 
 def write_audit(table: pa.Table, path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from gradsift.methods import make_method
 from gradsift.pipeline.measure import measured_rows, wants_gradients
 from gradsift.pipeline.prepare import Prepared, prepare
+from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.progress import Clock, Progress
 from gradsift.recipe import Recipe, parse_budget
 
@@ -35,11 +36,14 @@ class Plan:
         trained: trained tokens of the pool.
         budget: what was asked.
         num_parameters: weights of the navigator.
-        cost: ``text``, ``forward`` or ``gradient``.
+        cost: ``text``, ``forward``, ``probe`` or ``gradient``.
         memory_bytes: resident memory at the peak.
         disk_bytes: signals on disk.
         seconds: wall time of the measuring, rough.
         remarks: notes on the data.
+        num_probes: short trainings.
+        trained_by_probes: tokens they train on, repeats included.
+        judged_by_probes: tokens they send forward afterwards.
     """
 
     rows: dict[str, int]
@@ -53,6 +57,9 @@ class Plan:
     disk_bytes: int
     seconds: float
     remarks: tuple[str, ...]
+    num_probes: int = 0
+    trained_by_probes: int = 0
+    judged_by_probes: int = 0
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Give the plan as (part, estimate) pairs for a table.
@@ -64,7 +71,11 @@ class Plan:
             tokens = f", {self.tokens[name]:,} tokens to measure" if name in self.tokens else ""
             yield f"rows of {name}", f"{count:,} usable of {self.read[name]:,} read{tokens}"
         yield "budget", f"{self.budget} of {self.rows['pool']:,} rows with {self.trained:,} trained tokens"
-        yield "navigator", f"{self.num_parameters / 1e6:.1f}M weights, one {self.cost} pass"
+        kind = "forward" if self.cost == "probe" else self.cost
+        yield "navigator", f"{self.num_parameters / 1e6:.1f}M weights, one {kind} pass"
+        if self.num_probes:
+            trained, judged = f"{self.trained_by_probes:,} tokens to train on", f"{self.judged_by_probes:,} to judge"
+            yield "probes", f"{self.num_probes} short trainings: {trained}, {judged}"
         yield "memory", f"about {self.memory_bytes / 2**30:.1f} GiB"
         yield "disk", f"about {self.disk_bytes / 2**20:.1f} MiB of signals"
         yield "time", f"about {human_time(self.seconds)} to measure (within a factor of two)"
@@ -106,9 +117,13 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         measured |= {s.name: sum(row.num_tokens for row in s.usable) for s in prepared.directions}
     elif "embedding" in method.needs.signals and prepared.target is not None:
         measured[prepared.target.name] = sum(row.num_tokens for row in prepared.target.usable)
+    if method.needs.probes is not None:
+        measured |= {s.name: sum(row.num_tokens for row in s.usable) for s in prepared.anchors}
     lora = recipe.navigator.parameters == "lora"
-    products = {"text": 0, "forward": 2, "gradient": 4 if lora else 6.5}[cost]
-    seconds = products * counts * sum(measured.values()) / (REACHED * product_speed()) if measured else 0.0
+    num_probes, trained, judged = _probes(prepared)
+    products = {"text": 0, "forward": 2, "probe": 2, "gradient": 4 if lora else 6.5}[cost]
+    work = products * sum(measured.values()) + (4 if lora else 6) * trained + 2 * judged
+    seconds = counts * work / (REACHED * product_speed()) if measured else 0.0
     roles = (prepared.pool, *prepared.directions)
     return Plan(
         rows={s.name: len(s.usable) for s in roles},
@@ -122,7 +137,19 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         disk_bytes=_disk(prepared, cost),
         seconds=seconds,
         remarks=tuple(note.text for note in prepared.notes),
+        num_probes=num_probes,
+        trained_by_probes=trained,
+        judged_by_probes=judged,
     )
+
+
+def _probes(prepared: Prepared) -> tuple[int, int, int]:
+    """Probes, tokens that they train on and tokens that they judge."""
+    if prepared.method.needs.probes is None:
+        return 0, 0, 0
+    design = design_probes(prepared, sorted(prepared.pool.usable, key=lambda row: row.id))
+    tokens = [design.tokens(plan) for plan in design.plans]
+    return len(tokens), sum(t for t, _ in tokens), sum(j for _, j in tokens)
 
 
 def weight_count(folder: Path) -> int:
@@ -179,7 +206,9 @@ def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
     activations = tokens * layers * width * 16 * size + tokens * vocabulary * 4 * 3
     chosen = weights // 20 if lora else weights
     directions = 2 * len(prepared.directions) * chosen * 4 if cost == "gradient" else 0
-    return (500 << 20) + weights * size + activations + directions
+    # A probe keeps the starting weights, a gradient and the two moments of AdamW of what it trains.
+    learner = 4 * chosen * 4 if prepared.method.needs.probes is not None else 0
+    return (500 << 20) + weights * size + activations + directions + learner
 
 
 def _disk(prepared: Prepared, cost: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
@@ -9,10 +11,30 @@ from gradsift.data.lexical import lexical_scores
 from gradsift.data.show import plain_text
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
+from gradsift.pipeline.probe import Probed
+from gradsift.pipeline.probe_design import copy_groups, row_likeness
 from gradsift.types import Problem, TokenRow
 
 
-def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
+def eligible_rows(prepared: Prepared, measured: Measurement | None) -> list[TokenRow]:
+    """List the rows that may be selected: usable, and measured without failure where anything was measured.
+
+    Args:
+        prepared: the run's inputs.
+        measured: the signals, or None.
+
+    Returns:
+        Token rows in id order, kept copies included.
+    """
+    rows = sorted(prepared.pool.usable, key=lambda row: row.id)
+    if measured is None:
+        return rows
+    first = {row.id: row.copy_of or row.id for row in prepared.pool.pool.rows}
+    status = dict(zip(measured.store.ids, measured.store.status, strict=True))
+    return [row for row in rows if status[first[row.id]].usable]
+
+
+def build_problem(prepared: Prepared, measured: Measurement | None, probed: Probed | None = None) -> Problem:
     """Join tokens and signals of the rows that may be selected.
 
     Exact copies that were kept share the signals of the first copy.
@@ -20,15 +42,13 @@ def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
     Args:
         prepared: the run's inputs.
         measured: the signals, or None for methods that need no model.
+        probed: losses under probes, or None where none were trained.
 
     Returns:
         The problem; rows whose measurement failed are not in it.
     """
     first = {row.id: row.copy_of or row.id for row in prepared.pool.pool.rows}
-    rows = sorted(prepared.pool.usable, key=lambda row: row.id)
-    if measured is not None:
-        status = dict(zip(measured.store.ids, measured.store.status, strict=True))
-        rows = [row for row in rows if status[first[row.id]].usable]
+    rows = eligible_rows(prepared, measured)
     source = {row.id: row.source for row in prepared.pool.pool.rows}
     common = {
         "ids": tuple(row.id for row in rows),
@@ -38,6 +58,8 @@ def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
         "num_read": len(prepared.pool.tokens),
         "num_trained_read": sum(row.num_trained for row in prepared.pool.tokens),
         "lexical": _lexical(prepared, rows),
+        "likeness": _likeness(prepared, rows),
+        **_probed(probed, rows),
     }
     if measured is None:
         return Problem(**common)
@@ -66,6 +88,23 @@ def build_problem(prepared: Prepared, measured: Measurement | None) -> Problem:
         target_ids=tuple(sorted(row.id for row in prepared.target.usable)) if embeds and prepared.target else (),
         noise=measured.noise,
     )
+
+
+def _likeness(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:
+    if "likeness" not in prepared.method.needs.signals or prepared.target is None:
+        return None
+    return row_likeness(prepared, rows)
+
+
+def _probed(probed: Probed | None, rows: list[TokenRow]) -> dict[str, Any]:
+    if probed is None:
+        return {}
+    groups = copy_groups(rows)
+    return {
+        "held_out_loss": np.array([probed.held_out[groups[row.id]] for row in rows]),
+        "anchor_loss": probed.anchor_loss,
+        "copy_group": tuple(groups[row.id] for row in rows),
+    }
 
 
 def _lexical(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:

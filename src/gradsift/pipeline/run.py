@@ -17,11 +17,13 @@ from gradsift.data.export import write_selected
 from gradsift.errors import ConfigError
 from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
 from gradsift.methods import make_method
-from gradsift.pipeline.audit import audit_table, write_audit
+from gradsift.pipeline.audit import audit_table, with_probes, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
 from gradsift.pipeline.measure import Measurement, measure, refuse_weak
 from gradsift.pipeline.prepare import Prepared, prepare
-from gradsift.pipeline.problem import build_problem
+from gradsift.pipeline.probe import Probed, probe
+from gradsift.pipeline.probe_design import design_probes
+from gradsift.pipeline.problem import build_problem, eligible_rows
 from gradsift.pipeline.progress import Clock, Progress, Silent
 from gradsift.recipe import Recipe, dump_recipe, parse_budget
 from gradsift.report.card import render_card
@@ -69,19 +71,24 @@ def select(
     method = make_method(recipe.method.name, recipe.method.settings)
     _check_folder(out)
     prepared = prepare(recipe, method, clock)
+    if method.needs.probes is not None:
+        design_probes(prepared, eligible_rows(prepared, None))  # refuses before a model loads
     make_folder(out)
     write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
     needs_model = method.needs.cost_class != "text" or recipe.collect.signals == "all"
     measured = measure(prepared, out, clock) if needs_model else None
     if measured is not None:
         refuse_weak(prepared, {d.name: d for d in measured.directions})
+    probed = None
+    if method.needs.probes is not None and measured is not None:
+        probed = probe(prepared, measured, eligible_rows(prepared, measured), out, clock)
     with clock.stage("select"):
-        problem = build_problem(prepared, measured)
+        problem = build_problem(prepared, measured, probed)
         selection = method.select(problem, budget, stream(recipe.seed, f"select/{method.name}"))
-        notes = (*prepared.notes, *(measured.notes if measured else ()))
+        notes = (*prepared.notes, *(measured.notes if measured else ()), *(probed.notes if probed else ()))
         selection = dataclasses.replace(selection, notes=(*notes, *selection.notes))
     with clock.stage("write"):
-        files, manifest = _write(prepared, measured, problem, selection, out, command, clock)
+        files, manifest = _write(prepared, (measured, probed), problem, selection, out, command, clock)
     return Outcome(selection, out, files, manifest)
 
 
@@ -98,13 +105,14 @@ def _check_folder(out: Path) -> None:
 
 def _write(
     prepared: Prepared,
-    measured: Measurement | None,
+    found: tuple[Measurement | None, Probed | None],
     problem: Problem,
     selection: Selection,
     out: Path,
     command: str,
     clock: Clock,
 ) -> tuple[tuple[Path, ...], dict[str, Any]]:
+    measured, probed = found
     place = out / "selection"
     make_folder(place)
     exported = write_selected(prepared.pool.pool, selection.ids, place)
@@ -114,7 +122,7 @@ def _write(
         write_bytes_atomic(template, prepared.rule.template.encode("utf-8"))
     else:
         template.unlink(missing_ok=True)
-    table = audit_table(prepared, measured, selection)
+    table = with_probes(audit_table(prepared, measured, selection), problem)
     write_audit(table, place / "audit.parquet")
     write_json_atomic(place / "examples.json", example_rows(prepared, measured, problem, selection))
     manifest = {
@@ -127,6 +135,7 @@ def _write(
         "rows": _rows(prepared, table),
         **_measured(prepared, measured),
         "sketch": sketch_noise(problem),
+        "probes": dict(probed.summary) if probed else None,
         "selection": _selection(selection),
         **batch_checks(problem, selection, prepared.recipe.seed),
         "cost": _cost(clock),

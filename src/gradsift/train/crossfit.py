@@ -71,9 +71,11 @@ class CrossfitConfig:
         for name in ("replay", "protect"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError("a share is out of range", where=name, got=getattr(self, name), expected="in [0, 1)")
-        for name in ("max_copies", "num_repeats", "num_steps", "batch_size"):
+        for name in ("max_copies", "num_repeats", "num_steps", "batch_size", "tokens_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError("a count is out of range", where=name, got=getattr(self, name), expected=">= 1")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError("a learning rate is out of range", where="lr", got=self.lr, expected="finite and above 0")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,18 @@ def crossfit(material: Material, config: CrossfitConfig) -> Crossfit:
 
     Returns:
         Prior, losses and known rows; nothing is chosen yet.
+
+    Raises:
+        ConfigError: there are no pool, anchor or target rows, two rows have one id, or the prior is too small for two
+            folds.
     """
+    for name in ("pool", "anchors", "target"):
+        if not getattr(material, name):
+            raise ConfigError("crossfit lacks rows", where=name, got="none", expected="at least one row")
+    ids = [row.id for row in (*material.pool, *material.anchors, *material.replay)]
+    if len(set(ids)) < len(ids):  # losses and rows are looked up by id
+        twice = next(i for i, n in Counter(ids).items() if n > 1)
+        raise ConfigError("an id stands for two rows of pool, anchors and replay", where="crossfit", got=twice)
     pool = sorted(material.pool, key=lambda row: row.id)
     like = token_likeness([row.input_ids for row in pool], [row.input_ids for row in material.target])
     likeness = {row.id: float(value) for row, value in zip(pool, like, strict=True)}
@@ -165,7 +178,7 @@ def choose_crossfit(
         found: from :func:`crossfit`.
         config: settings.
         count: rows to choose.
-        draw: keyed draw, the one that a random arm takes.
+        draw: keyed draw.
 
     Returns:
         Ids, trusted rows first, and remarks on shortages; a shortage of known rows is filled with trusted ones and the
@@ -211,19 +224,50 @@ def _losses(
     return {row.id: float(nats.nats[row.id].sum()) / row.num_trained for row in rows}, nats.cost
 
 
-def _probe(
-    material: Material, prior: Sequence[str], first: Mapping[str, str], config: CrossfitConfig
-) -> tuple[dict[str, float], Cost]:
-    """Mean held-out loss of the prior's rows over the repeats, and what the probes cost."""
-    rows = {row.id: row for row in (*material.pool, *material.replay)}
-    found: dict[str, list[float]] = defaultdict(list)
-    cost = Cost()
-    general = sorted(row.id for row in material.replay) if config.replay else []
+@dataclass(frozen=True)
+class ProbePlan:
+    """What one probe learns from and what it judges.
+
+    Args:
+        repeat: which dealing into folds.
+        fold: 0 or 1, the fold that is left out.
+        train: rows of the other fold, and replay rows.
+        test: prior rows of the fold that is left out.
+        steps: row ids per optimizer step.
+    """
+
+    repeat: int
+    fold: int
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    steps: tuple[tuple[str, ...], ...]
+
+
+def plan_probes(
+    prior: Sequence[str], first: Mapping[str, str], general: Sequence[str], config: CrossfitConfig, seed: int
+) -> tuple[ProbePlan, ...]:
+    """Deal the prior into folds, exact copies together, and lay out every probe's steps.
+
+    Args:
+        prior: ids that may be domain.
+        first: id -> what its exact copies share.
+        general: ids of replay rows; may be empty.
+        config: settings.
+        seed: of folds and orders.
+
+    Returns:
+        Two plans per repeat, in order.
+
+    Raises:
+        ConfigError: a fold is empty.
+    """
+    plans = []
+    general = sorted(general) if config.replay else []
     for repeat in range(config.num_repeats):
-        folds = stream(material.seed, f"crossfit/fold/{repeat}").uniform([first[i] for i in prior]) < 0.5
+        folds = stream(seed, f"crossfit/fold/{repeat}").uniform([first[i] for i in prior]) < 0.5
         for fold in (False, True):
             train = sorted(i for i, side in zip(prior, folds, strict=True) if side != fold)
-            test = [rows[i] for i, side in zip(prior, folds, strict=True) if side == fold]
+            test = [i for i, side in zip(prior, folds, strict=True) if side == fold]
             if not train or not test:
                 raise ConfigError(
                     "the prior is too small to be dealt into two folds",
@@ -233,17 +277,30 @@ def _probe(
                 )
             extra = round(len(train) * config.replay / (1 - config.replay)) if general else 0
             train += [general[k % len(general)] for k in range(extra)]
-            name = f"crossfit/probe/{repeat}/{int(fold)}"
-            model = material.make_model()
-            loop = Loop(
-                model, LoopConfig(lr=config.lr, total_steps=config.num_steps, seed=material.seed), material.pad_id
-            )
             plan = plan_steps(
-                train, batch_size=config.batch_size, num_steps=config.num_steps, stream=stream(material.seed, name)
+                train,
+                batch_size=config.batch_size,
+                num_steps=config.num_steps,
+                stream=stream(seed, f"crossfit/probe/{repeat}/{int(fold)}"),
             )
-            loop.run(plan.steps, rows.__getitem__, {})
-            losses, spent = _losses(model, test, material.pad_id, config)
-            cost += loop.cost + spent
-            for i, value in losses.items():
-                found[i].append(value)
+            plans.append(ProbePlan(repeat, int(fold), tuple(train), tuple(test), plan.steps))
+    return tuple(plans)
+
+
+def _probe(
+    material: Material, prior: Sequence[str], first: Mapping[str, str], config: CrossfitConfig
+) -> tuple[dict[str, float], Cost]:
+    """Mean held-out loss of the prior's rows over the repeats, and what the probes cost."""
+    rows = {row.id: row for row in (*material.pool, *material.replay)}
+    found: dict[str, list[float]] = defaultdict(list)
+    cost = Cost()
+    for plan in plan_probes(prior, first, [row.id for row in material.replay], config, material.seed):
+        model = material.make_model()
+        settings = LoopConfig(lr=config.lr, total_steps=config.num_steps, seed=material.seed)
+        loop = Loop(model, settings, material.pad_id)
+        loop.run(plan.steps, rows.__getitem__, {})
+        losses, spent = _losses(model, [rows[i] for i in plan.test], material.pad_id, config)
+        cost += loop.cost + spent
+        for i, value in losses.items():
+            found[i].append(value)
     return {i: float(np.mean(values)) for i, values in sorted(found.items())}, cost

@@ -69,7 +69,7 @@ class Rescored:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let the engine freeze a model and put it back as it was: trainable flags and train or eval mode.
+    """Let the engine freeze a model and put it back as it was: trainable flags and every module's train or eval mode.
 
     Args:
         model: a model in training.
@@ -78,13 +78,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-        model.train(training)
+        for module, mode in modes:  # model.train(mode) would also switch modules that the caller had set apart
+            module.training = mode
 
 
 def rescore(
@@ -115,7 +116,7 @@ def rescore(
     Returns:
         The problem at these weights and what measuring it cost.
     """
-    started, copies = time.perf_counter(), copy_of or {}
+    started, copies = time.perf_counter(), _within(pool, copy_of or {})
     measured = {row.id: row for row in pool if copies.get(row.id, row.id) == row.id}
     with frozen(model):
         names = choose_parameters(model, config.parameters).names
@@ -179,6 +180,16 @@ def rescore(
     size = sum(p.numel() for p in model.parameters())
     cost = Cost.of(size, forward=tokens, backward=tokens, seconds=time.perf_counter() - started)
     return Rescored(problem, cost, tuple(sorted(row.id for row in pool if copies.get(row.id, row.id) not in ok)))
+
+
+def _within(pool: Sequence[TokenRow], copy_of: Mapping[str, str]) -> dict[str, str]:
+    """Copies within the rows at hand: where the first copy is not among them, the smallest id that is stands for it."""
+    ids = {row.id for row in pool}
+    stand_in: dict[str, str] = {}
+    for i in sorted(ids & copy_of.keys()):
+        if copy_of[i] not in ids:
+            stand_in.setdefault(copy_of[i], i)
+    return {i: stand_in.get(copy_of[i], copy_of[i]) for i in ids & copy_of.keys()}
 
 
 def _embeddings(

@@ -53,6 +53,11 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
             raise ConfigError("a count is out of range", where="num_rounds", got=self.num_rounds, expected=">= 1")
+        for name in ("tau_per_nat", "tau_max"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(
+                    "a demand is out of range", where=name, got=getattr(self, name), expected="finite and at least 0"
+                )
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,23 @@ def play_rounds(
         num_rows: pool rows over all rounds.
         num_steps: optimizer steps over all rounds.
         batch_size: rows per step.
-        draw: handed to the method (it draws nothing).
+        draw: handed to the method, which draws nothing.
         tick: told the rounds done.
 
     Returns:
-        The rounds and what rescoring cost.
+        The rounds and what rescoring cost; fewer than ``num_rows`` rows are chosen where the pool has no more.
+
+    Raises:
+        ConfigError: there are more rounds than rows to choose.
     """
+    if num_rows < config.num_rounds:
+        raise ConfigError(
+            "there are more rounds than rows to choose",
+            where="ogs_rounds",
+            got=f"{config.num_rounds} rounds, {num_rows} rows",
+            expected="at least one row per round",
+            do="lower num_rounds or raise the budget",
+        )
     rows = {row.id: row for row in (*board.pool, *board.replay)}
     left = {row.id for row in board.pool}
     start, cost = _anchor_losses(loop, board)
@@ -163,7 +179,10 @@ def play_rounds(
         cost += scored.cost + spent
         rise = {name: max(0.0, now[name] - start[name]) for name in start}
         problem = restrict(scored.problem, sorted(left))
-        done.append(_choose(problem, rise, config, min(count, problem.size), draw))
+        if problem.size:
+            done.append(_choose(problem, rise, config, min(count, problem.size), draw))
+        else:  # the pool is used up: train on with what there is
+            done.append(Round((), rise, {}, {}, 0))
         left -= set(done[-1].ids)
         general = board.replay[: len(board.replay) * (r + 1) // config.num_rounds]
         mixed = [*(i for one in done for i in one.ids), *(row.id for row in general)]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from gradsift.errors import ConfigError
+from gradsift.geometry.trust import Prior
 from gradsift.methods import base
 from gradsift.methods.base import Needs, make_method, methods, register
 
@@ -75,3 +76,8 @@ def test_the_cost_class_follows_the_dearest_signal():
     assert Needs(signals=frozenset({"lexical"})).cost_class == "text"
     assert Needs(signals=frozenset({"loss", "lexical"})).cost_class == "forward"
     assert Needs(signals=frozenset({"loss", "sketch"})).cost_class == "gradient"
+    assert Needs(signals=frozenset({"likeness"})).cost_class == "text"
+    probes = Needs(signals=frozenset({"loss", "held_out_loss"}), probes=Prior(0.5, 3))
+    assert probes.cost_class == "probe"
+    with pytest.raises(ValueError, match="probes"):
+        Needs(signals=frozenset({"held_out_loss"}))

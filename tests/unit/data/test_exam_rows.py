@@ -3,9 +3,9 @@ import json
 
 import pytest
 
+from gradsift.data import exam_rows as demo
 from gradsift.data import fetch
-from gradsift.demo import rows as demo
-from gradsift.demo.rows import DemoCounts, write_demo_rows
+from gradsift.data.exam_rows import DemoCounts, write_demo_rows
 from gradsift.errors import ConfigError, DataError
 
 WHEEL = fetch.wheels_folder() / fetch.PACKAGES[1].wheel
