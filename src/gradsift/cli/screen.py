@@ -23,6 +23,8 @@ WORDS = {
     "target": "embedding the target",
     "collect": "measuring the pool",
     "noise": "measuring rounding",
+    "anchor_loss": "measuring anchor rows",
+    "probe": "training probes",
     "measuring": "measuring before and after",
     "select": "selecting",
     "write": "writing",

@@ -149,6 +149,8 @@ class CompareConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareConfig:
+        for arm in self.arms:
+            arm.spec()  # an arm that no cell could run is refused here
         names = [arm.name for arm in self.arms]
         if twice := sorted({name for name in names if names.count(name) > 1} | ({BEST_CHEAP} & set(names))):
             raise ValueError(f"arms need names of their own: {', '.join(twice)}")

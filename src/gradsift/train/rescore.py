@@ -246,5 +246,6 @@ def restrict(problem: Problem, keep: Sequence[str]) -> Problem:
         sources=tuple(problem.sources[k] for k in at),
         num_tokens=problem.num_tokens[at].copy(),
         num_trained=problem.num_trained[at].copy(),
+        copy_group=tuple(problem.copy_group[k] for k in at) if problem.copy_group else (),
         **{name: part(getattr(problem, name)) for name in SIGNALS},
     )
