@@ -199,8 +199,8 @@ class _Bench:
                 event = Event(job, time.perf_counter() - started)
             except (DiskFullError, StoreError, Interrupted):
                 raise
-            except (GradsiftError, NotImplementedError) as error:
-                text = str(error) or type(error).__name__
+            except GradsiftError as error:
+                text = str(error)
                 file_failure(self.folder, job.key, text)
                 event = Event(job, time.perf_counter() - started, text)
         tell(event)

@@ -36,6 +36,8 @@ from gradsift.data.fetch import PACKAGES
 from gradsift.errors import DataError
 from gradsift.seeds import key64, stream
 from gradsift.train.loop import Loop, LoopConfig
+from gradsift.train.moments import Moments, put_moments, read_moments
+from gradsift.train.parts import trainable
 from gradsift.types import TokenRow
 
 log = logging.getLogger("gradsift")
@@ -205,7 +207,7 @@ def _build(s: BaseSettings, read: Sequence[Document], folder: Path) -> None:
 
     log.info("text world: learning %d tokens from %d documents", s.vocabulary, len(read))
     tokenizer = train_tokenizer((d.text for d in read), s.vocabulary)
-    partial = folder.with_suffix(".partial.pt")
+    partial = folder.with_suffix(".partial.safetensors")
     loop = pretrain(s, tokenizer, base_rows(s, tokenizer, read), partial)
     model: Any = loop.model
     weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -271,16 +273,42 @@ def pretrain(
     )
     loop = Loop(new_model(s, tokenizer), config, tokenizer.pad)
     if partial.is_file():
-        loop.restore(torch.load(partial, weights_only=True))
+        _go_on(loop, partial)
         log.info("text world: going on at step %d of %d", len(loop.losses), s.steps)
     while (at := len(loop.losses)) < s.steps:
         loop.step(rows[at * s.batch_size : (at + 1) * s.batch_size])
         if (at + 1) % s.checkpoint_steps == 0:
-            with disk_errors(partial), published_file(partial) as temporary:
-                torch.save(loop.state(), temporary)
+            _keep(loop, partial)
             log.info("text world: step %d of %d, loss %.3f", at + 1, s.steps, np.mean(loop.losses[-50:]))
             tick(at + 1)
     return loop
+
+
+def _keep(loop: Loop, path: Path) -> None:
+    """Publish weights, moments and losses as one safetensors file; no pickle is written or read anywhere."""
+    from safetensors.torch import save_file
+
+    moments = read_moments(loop.model, loop.optimizer)
+    tensors = {f"weight/{name}": p.detach().clone() for name, p in trainable(loop.model)}
+    tensors |= {f"exp_avg/{name}": t for name, t in moments.exp_avg.items()}
+    tensors |= {f"exp_avg_sq/{name}": t for name, t in moments.exp_avg_sq.items()}
+    tensors["losses"] = torch.tensor(loop.losses, dtype=torch.float64)
+    with disk_errors(path), published_file(path) as temporary:
+        save_file(tensors, str(temporary))
+
+
+def _go_on(loop: Loop, path: Path) -> None:
+    """Put a checkpoint into a fresh loop, bit for bit."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    names = [name for name, _ in trainable(loop.model)]
+    with torch.no_grad():
+        for name, p in trainable(loop.model):
+            p.copy_(tensors[f"weight/{name}"])
+    loop.losses = tensors["losses"].tolist()
+    average, square = ({n: tensors[f"{part}/{n}"] for n in names} for part in ("exp_avg", "exp_avg_sq"))
+    put_moments(loop.model, loop.optimizer, Moments(average, square, dict.fromkeys(names, len(loop.losses))))
 
 
 if __name__ == "__main__":  # make worlds

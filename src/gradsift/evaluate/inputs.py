@@ -195,18 +195,6 @@ def _trained_from(manifest: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def weights_key(folder: Path) -> str:
-    """Hash a base model's weights as the manifest of fine-tuning names them (pinned by a test).
-
-    Args:
-        folder: a model folder.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    return hash_parts(f"{path.name}\x1f{sha256_file(path)}".encode() for path in sorted(folder.glob("*.safetensors")))
-
-
 def hash_folder(folder: Path, patterns: Sequence[str]) -> str:
     """Hash names and bytes of files in a folder.
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from gradsift.data.cache import disk_errors, published_folder
 from gradsift.errors import ConfigError, ModelError, SpecError
 from gradsift.evaluate.config import EvaluateConfig
-from gradsift.evaluate.inputs import Inputs, Tuned, read_inputs, weights_key, worded
+from gradsift.evaluate.inputs import Inputs, Tuned, read_inputs, worded
 from gradsift.evaluate.phases import How, Measured, Sets, evaluate_model, measure_pair
 from gradsift.evaluate.table import EvalTable, read_table, write_table
 from gradsift.manifest import git_sha, seal, sha256_file, unseal, versions
-from gradsift.models.load import load_navigator, load_tokenizer, tokenizer_sha256
+from gradsift.models.load import load_navigator, load_tokenizer, tokenizer_sha256, weights_key
 from gradsift.types import Note
 
 if TYPE_CHECKING:

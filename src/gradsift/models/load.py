@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradsift.data.cache import sha256_file
 from gradsift.errors import ModelError
+from gradsift.manifest import hash_parts
 from gradsift.models.foreign import no_progress_bar, short
 from gradsift.models.gguf import RECORD, read_conversion
 from gradsift.models.resolve import Resolved, resolve_navigator
@@ -198,6 +199,18 @@ def _load_model(resolved: Resolved, dtype: Any) -> tuple[PreTrainedModel, Sequen
             do="download the model again, or give the whole causal language model",
         )
     return model, sorted(str(key) for key in info.get("unexpected_keys") or ())
+
+
+def weights_key(folder: Path) -> str:
+    """Hash a base model's weights as the manifest of fine-tuning names them.
+
+    Args:
+        folder: a model folder.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    return hash_parts(f"{path.name}\x1f{sha256_file(path)}".encode() for path in sorted(folder.glob("*.safetensors")))
 
 
 def _weights_sha256(folder: Path) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import DependencyError
-from gradsift.manifest import hash_parts, make_folder, sha256_file
+from gradsift.manifest import make_folder
+from gradsift.models.load import weights_key
 from gradsift.train.assembly import load_model, make_parts, make_plan, prepare_rows
 from gradsift.train.config import TrainConfig
 from gradsift.train.material import Material, read_material
@@ -83,7 +84,7 @@ def finetune(
         ) from None
     material = read_material(config, selection)
     _refuse_leaks(config, material)
-    base = _weights_sha256(material.resolved.folder)
+    base = weights_key(material.resolved.folder)
     key, folder = stage_key(config, material, base), out / "train"
     done = read_done(folder, key)
     if done is not None:
@@ -139,10 +140,6 @@ def _rows_of(rows: Sequence[TokenRow], plan: TrainPlan) -> list[TokenRow]:
 
 def _weights_of(rows: Sequence[TokenRow], weights: Mapping[str, float]) -> dict[str, float]:
     return {row.id: weights[row.id] for row in rows if row.id in weights}
-
-
-def _weights_sha256(folder: Path) -> str:
-    return hash_parts(f"{p.name}\x1f{sha256_file(p)}".encode() for p in sorted(folder.glob("*.safetensors")))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -88,7 +89,7 @@ class Outcome:
     projected: bool
 
 
-class SurgeryHook:
+class SurgeryHook(ABC):
     """Base of the step hooks; a subclass gives :meth:`rule` and may change what is measured.
 
     Args:
@@ -127,9 +128,9 @@ class SurgeryHook:
                 write_back(parameters, outcome.z)
         self.cost += Cost(seconds=time.perf_counter() - started)
 
+    @abstractmethod
     def rule(self, moment: Moment) -> Outcome:
         """Decide what the optimizer gets."""
-        raise NotImplementedError
 
     def measure(self, model: nn.Module, step: int) -> Float[Tensor, "M P"]:
         """Measure the sources' gradients at the current weights."""

@@ -77,14 +77,17 @@ def test_hostile_names_are_only_seen():
 @pytest.mark.parametrize("drop", ["random", "oracle", "cheap"])
 def test_arms_may_be_absent(drop):
     found = config()
-    page(found, {key: one for key, one in table(found, MEANS).items() if key[0] != drop})
+    html = page(found, {key: one for key, one in table(found, MEANS).items() if key[0] != drop})
+    assert "no advantage over" in html
+    assert "declared claims supported" in html
 
 
 def test_one_seed_and_constant_differences_draw():
     found = config(seeds="0")
-    page(found, table(found, MEANS))
+    assert "0 of 2 declared claims supported" in page(found, table(found, MEANS))
     found = config(seeds="0-1")
-    page(found, {(n, s): filed(cell(n, s, [(0.5, 0.5), (0.5, 0.5)])) for n in MEANS for s in (0, 1)})
+    equal = {(n, s): filed(cell(n, s, [(0.5, 0.5), (0.5, 0.5)])) for n in MEANS for s in (0, 1)}
+    assert "0 of 2 declared claims supported" in page(found, equal)
 
 
 def test_a_failed_placebo_is_the_headline(tmp_path):

@@ -218,7 +218,7 @@ def test_the_base_is_trained_once_and_goes_on_where_it_was_stopped(tmp_path, mon
     monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "one"))
     straight = tb.text_base(TINY)
     assert straight.weights.keys() >= {"model.embed_tokens.weight", "lm_head.weight"}
-    assert not list((tmp_path / "one").rglob("*.partial.pt"))
+    assert not list((tmp_path / "one").rglob("*.partial.safetensors"))
     # The twin: the plain loop over every row once, in order.
     read, _ = tb.split_general(corpus, TINY)
     rows = tb.base_rows(TINY, straight.tokenizer, read)
@@ -241,11 +241,11 @@ def test_the_base_is_trained_once_and_goes_on_where_it_was_stopped(tmp_path, mon
     monkeypatch.setattr(tb, "pretrain", stopped)
     with pytest.raises(KeyboardInterrupt):
         tb.text_base(TINY)
-    assert len(list((tmp_path / "two").rglob("*.partial.pt"))) == 1
+    assert len(list((tmp_path / "two").rglob("*.partial.safetensors"))) == 1
     monkeypatch.setattr(tb, "pretrain", original)
     resumed = tb.text_base(TINY)
     assert all(torch.equal(value, resumed.weights[name]) for name, value in straight.weights.items())
-    assert not list((tmp_path / "two").rglob("*.partial.pt"))
+    assert not list((tmp_path / "two").rglob("*.partial.safetensors"))
     monkeypatch.setattr(tb, "pretrain", None)  # it must not be asked again
     again = tb.text_base(TINY)
     assert all(torch.equal(value, again.model().state_dict()[name]) for name, value in straight.weights.items())

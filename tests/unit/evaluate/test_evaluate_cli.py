@@ -118,11 +118,11 @@ def test_a_style_of_asking_is_part_of_the_identity(world, navigator, tmp_path):
 
 
 def test_a_base_model_that_was_not_the_one_trained_is_refused(world, navigator, tmp_path):
-    from gradsift.train.finetune import _weights_sha256  # what the manifest of fine-tuning really names
+    from gradsift.models.load import weights_key
 
     run = tmp_path / "run"
     shutil.copytree(world / "train", run / "train")
-    for digest, fits in ((_weights_sha256(navigator), True), ("0" * 32, False)):
+    for digest, fits in ((weights_key(navigator), True), ("0" * 32, False)):
         (run / "train" / "manifest.json").write_text(json.dumps({"base": {"weights_sha256": digest}}))
         for tuned in (run, run / "train", run / "train" / "model"):
             chosen = config(world, navigator, tuned=str(tuned), general=[], choice=[])
