@@ -1,6 +1,8 @@
 """A process made to be killed: it collects into a store and tells what it did through two plain files.
 
-``python store_crasher.py FOLDER ROWS ROWS_PER_SHARD`` collects once, in a process of its own. As a module it forks
+``python store_crasher.py FOLDER ROWS ROWS_PER_SHARD [SHARDS SECONDS]`` collects once, in a process of its own; with the
+last two it is killed that many seconds of its own processor time after its first SHARDS shards, so that a busy machine
+changes nothing. As a module it forks
 collectors that die at an exact system call, which needs a process without threads: run ``sweep`` from a fresh one.
 """
 
@@ -26,18 +28,27 @@ def log(path: Path) -> int:
     return _open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
-def collect(folder: Path, rows: int, rows_per_shard: int) -> None:
-    """Collect; note measured rows before they are committed and acknowledged rows after."""
+def collect(folder: Path, rows: int, rows_per_shard: int, die: tuple[int, float] | None = None) -> None:
+    """Collect; note measured rows before they are committed and acknowledged rows after; ``die``: after (rows, seconds)."""
     measured, acknowledged = log(folder / "measured"), log(folder / "acknowledged")
+    seen = 0
 
     def note(handle: int, ids: tuple[str, ...]) -> None:
         _write(handle, "".join(f"{name}\n" for name in ids).encode())
+
+    def note_measured(ids: tuple[str, ...]) -> None:
+        nonlocal seen
+        note(measured, ids)
+        before, seen = seen, seen + len(ids)
+        if die is not None and before < die[0] <= seen:
+            # Nothing handles SIGPROF, so the kernel ends the process wherever it is, as SIGKILL would.
+            signal.setitimer(signal.ITIMER_PROF, die[1])
 
     fill(
         folder / "store",
         make_ids(rows),
         rows_per_shard,
-        measured=lambda result: note(measured, result.ids),
+        measured=lambda result: note_measured(result.ids),
         committed=lambda result: note(acknowledged, result.ids),
     )
 
@@ -131,4 +142,5 @@ if __name__ == "__main__":
         for outcome in sweep(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "half"):
             print(json.dumps(outcome), flush=True)
     else:
-        collect(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        folder, rows, per_shard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+        collect(folder, rows, per_shard, (int(sys.argv[4]) * per_shard, float(sys.argv[5])) if sys.argv[4:] else None)

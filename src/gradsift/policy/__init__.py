@@ -1,0 +1,1 @@
+"""The constrained decision process of OGS: environment, simulator, policies; neither models nor training live here."""

@@ -1,0 +1,363 @@
+"""The constrained decision process of OGS (arXiv 2602.06359), many episodes at a time: which cluster feeds the next steps.
+
+The paper's abstract names the process; state, reward, cost and horizon are ours (secondary summaries give their names only).
+
+    state    per cluster: fixed statistics and the share already used; in common: change of each loss since the start,
+             share of the budget left, multipliers
+    action   a cluster; the next rows of it are trained on, without replacement, in an order drawn per episode
+    reward   L_target(t) - L_target(t+1) in nats
+    cost_m   L_m(t+1) - L_m(t) in nats, signed, so that the costs of an episode sum to the rise of source m's loss
+
+What a step does to the losses is a :class:`Dynamics`: a simulator, or the navigator in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from gradsift.seeds import Stream
+
+NO_ROW = -1
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean losses of the held-out sets, in nats per trained token, one entry per episode.
+
+    Args:
+        target: float64 [E] of what is to be learned.
+        protect: float64 [E, M] of each protected source.
+    """
+
+    target: Float[np.ndarray, " E"]
+    protect: Float[np.ndarray, "E M"]
+
+
+class Dynamics(Protocol):
+    """What training on rows does to the held-out losses."""
+
+    sources: tuple[str, ...]
+    """M names of protected sources."""
+
+    def reset(self, num: int) -> Losses:
+        """Put ``num`` copies of the learner to their starting weights.
+
+        Args:
+            num: E, how many episodes run side by side.
+
+        Returns:
+            The losses there.
+        """
+        ...
+
+    def step(self, rows: Int[np.ndarray, "E b"]) -> Losses:
+        """Train each copy on some rows.
+
+        Args:
+            rows: row numbers; ``NO_ROW`` fills up short batches, and a copy without any row stays as it is.
+
+        Returns:
+            The losses after it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """Clusters as the things decided about.
+
+    Args:
+        members: K tuples of row numbers, each not empty, no row twice.
+        price: int64 [N] what each row takes from the budget: 1, or its trained tokens; at least 1.
+        features: float64 [K, F] fixed statistics, as measured.
+        feature_names: F names.
+        general: bool [K] clusters of general rows: choosing one is replay.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    price: Int[np.ndarray, " N"]
+    features: Float[np.ndarray, "K F"]
+    feature_names: tuple[str, ...]
+    general: Bool[np.ndarray, " K"]
+
+    def __post_init__(self) -> None:
+        everyone = [i for some in self.members for i in some]
+        if not all(self.members) or len(everyone) != len(set(everyone)):
+            raise ValueError("Table.members must be non-empty and must not share rows")
+        if self.features.shape != (len(self.members), len(self.feature_names)) or not np.isfinite(self.features).all():
+            raise ValueError("Table.features must be finite, one row per cluster and one column per name")
+        if len(self.general) != len(self.members) or (self.price < 1).any():
+            raise ValueError("Table.general needs one entry per cluster, Table.price numbers of at least 1")
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return len(self.members)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every episode is played under.
+
+    Args:
+        rows_per_decision: rows that one decision trains on, at least 1.
+        budget: rows or trained tokens of an episode, in the unit of ``Table.price``.
+        limits: float64 [M] allowed rise of each source's loss over an episode, in nats; not 0.
+    """
+
+    rows_per_decision: int
+    budget: int
+    limits: Float[np.ndarray, " M"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees.
+
+    Args:
+        clusters: float64 [E, K, F+1] statistics standardized over the clusters, and the share of each that is used.
+        common: float64 [E, G] share of the budget left, changes of the losses in their units, multipliers as a share of
+            themselves plus 1.
+        mask: bool [E, K] clusters that may be chosen; all False where the episode is over.
+    """
+
+    clusters: Float[np.ndarray, "E K F"]
+    common: Float[np.ndarray, "E G"]
+    mask: Bool[np.ndarray, "E K"]
+
+    @property
+    def done(self) -> Bool[np.ndarray, " E"]:
+        """Episodes without a choice left."""
+        return np.logical_not(np.any(self.mask, axis=1))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one decision brought.
+
+    Args:
+        observation: what is seen next.
+        reward: float64 [E] fall of the target loss; 0 in episodes that were over.
+        cost: float64 [E, M] signed rise of each source's loss.
+        rows: int64 [E, b] rows that were trained on.
+    """
+
+    observation: Observation
+    reward: Float[np.ndarray, " E"]
+    cost: Float[np.ndarray, "E M"]
+    rows: Int[np.ndarray, "E b"]
+
+
+class Episodes:
+    """E episodes side by side.
+
+    Args:
+        table: the clusters.
+        dynamics: what training does.
+        terms: batch, budget and limits.
+        stream: of the order of rows within clusters.
+        scales: float64 [1+M] unit of the changes of the target's and the sources' losses in the observation; the limits
+            (and 1 for the target) when None.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        dynamics: Dynamics,
+        terms: Terms,
+        stream: Stream,
+        scales: Float[np.ndarray, " A"] | None = None,
+    ) -> None:
+        self.table, self.dynamics, self.terms, self.stream = table, dynamics, terms, stream
+        self.scales = np.concatenate([[1.0], np.abs(terms.limits)]) if scales is None else scales
+        self.multipliers = np.zeros(len(terms.limits))
+        self._sizes = np.array([len(some) for some in table.members])
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
+        spread = table.features.std(axis=0)
+        # a statistic that hardly differs between clusters says nothing; its rounding must not be blown up
+        flat = spread <= 1e-12 * np.abs(table.features).max(axis=0, initial=0)
+        self._features = (table.features - table.features.mean(axis=0)) / np.where(flat, 1.0, spread)
+
+    def reset(self, first: int, num: int, *, shuffle: bool = True) -> Observation:
+        """Start episodes.
+
+        Args:
+            first: number of the first episode; an episode's order of rows depends on its number alone.
+            num: E.
+            shuffle: draw that order; else rows are taken as they stand in ``Table.members``.
+
+        Returns:
+            What is seen at the start.
+        """
+        k = self.table.num_clusters
+        base = np.array([i for some in self.table.members for i in some])
+        self._order = np.tile(base, (num, 1))
+        if shuffle:
+            for e in range(num):
+                random = self.stream.child(f"episode/{first + e}").numpy()
+                for start, size in zip(self._starts, self._sizes, strict=True):
+                    random.shuffle(self._order[e, start : start + size])
+        self._used = np.zeros((num, k), dtype=np.int64)
+        self._left = np.full(num, self.terms.budget, dtype=np.int64)
+        self._begin = self._now = self.dynamics.reset(num)
+        return self._observe()
+
+    def step(self, actions: Int[np.ndarray, " E"]) -> Step:
+        """Train every running episode on the next rows of a cluster.
+
+        Args:
+            actions: cluster numbers; what stands for an episode that is over is not read.
+
+        Returns:
+            Rewards, costs and what is seen next. Choosing a masked cluster is our own mistake (ValueError).
+        """
+        mask = self._mask()
+        running = np.asarray(mask.any(axis=1))
+        episodes = np.arange(len(actions))
+        if not mask[episodes[running], actions[running]].all():
+            raise ValueError("a cluster was chosen that has no row left within the budget")
+        actions = np.where(running, actions, 0)
+        rows = self._take(actions, running)
+        before, self._now = self._now, self.dynamics.step(rows)
+        reward = np.where(running, before.target - self._now.target, 0.0)
+        cost = np.where(running[:, None], self._now.protect - before.protect, 0.0)
+        return Step(self._observe(), reward, cost, rows)
+
+    def _take(self, actions: Int[np.ndarray, " E"], running: Bool[np.ndarray, " E"]) -> Int[np.ndarray, "E b"]:
+        """The next rows of the chosen clusters, as many as the budget allows."""
+        episodes, width = np.arange(len(actions)), np.arange(self.terms.rows_per_decision)
+        at = self._used[episodes, actions][:, None] + width
+        there = (at < self._sizes[actions][:, None]) & running[:, None]
+        place = np.where(there, self._starts[actions][:, None] + at, 0)
+        rows = np.where(there, self._order[episodes[:, None], place], NO_ROW)
+        price = np.where(there, self.table.price[rows], 0)
+        fits = there & (np.cumsum(price, axis=1) <= self._left[:, None])
+        self._used[episodes, actions] += fits.sum(axis=1)
+        self._left -= np.where(fits, price, 0).sum(axis=1)
+        return np.where(fits, rows, NO_ROW)
+
+    def _mask(self) -> Bool[np.ndarray, "E K"]:
+        there = self._used < self._sizes
+        place = np.where(there, self._starts + self._used, 0)
+        following = np.take_along_axis(self._order, place, axis=1)
+        return there & (self.table.price[following] <= self._left[:, None])
+
+    def _observe(self) -> Observation:
+        num = len(self._left)
+        used = self._used / self._sizes
+        clusters = np.concatenate(
+            [np.broadcast_to(self._features, (num, *self._features.shape)), used[:, :, None]], axis=2
+        )
+        change = np.column_stack([self._begin.target - self._now.target, self._now.protect - self._begin.protect])
+        common = np.column_stack(
+            [
+                self._left / self.terms.budget,
+                change / self.scales,
+                np.tile(self.multipliers / (1 + self.multipliers), (num, 1)),
+            ]
+        )
+        return Observation(clusters, common, self._mask())
+
+
+class Policy(Protocol):
+    """What chooses clusters; learned policies and trivial ones stand behind the same interface."""
+
+    name: str
+
+    def begin(self, episodes: Episodes, stream: Stream) -> None:
+        """Prepare for episodes that were just reset.
+
+        Args:
+            episodes: the process; only its table and terms may be read.
+            stream: of this run's draws.
+        """
+        ...
+
+    def act(self, observation: Observation) -> Int[np.ndarray, " E"]:
+        """Choose a cluster that is not masked for every running episode.
+
+        Args:
+            observation: what is seen.
+
+        Returns:
+            int64 [E]; anything where the episode is over.
+        """
+        ...
+
+    def learn(self, actions: Int[np.ndarray, " E"], step: Step) -> None:
+        """See what the choice brought; policies that do not learn within an episode ignore it.
+
+        Args:
+            actions: what was chosen.
+            step: what came of it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Finished episodes.
+
+    Args:
+        actions: int64 [E, T] chosen clusters; -1 once an episode is over.
+        rewards: float64 [E, T].
+        costs: float64 [E, T, M].
+        rows: int64 [E, T, b].
+    """
+
+    actions: Int[np.ndarray, "E T"]
+    rewards: Float[np.ndarray, "E T"]
+    costs: Float[np.ndarray, "E T M"]
+    rows: Int[np.ndarray, "E T b"]
+
+    @property
+    def gain(self) -> Float[np.ndarray, " E"]:
+        """Fall of the target loss over each episode, in nats."""
+        return self.rewards.sum(axis=1)
+
+    @property
+    def rise(self) -> Float[np.ndarray, "E M"]:
+        """Rise of each source's loss over each episode, in nats."""
+        return self.costs.sum(axis=1)
+
+
+def play(
+    episodes: Episodes, policy: Policy, stream: Stream, *, first: int = 0, num: int = 1, shuffle: bool = True
+) -> Trace:
+    """Play whole episodes.
+
+    Args:
+        episodes: the process.
+        policy: who chooses.
+        stream: of the policy's draws.
+        first: number of the first episode.
+        num: E.
+        shuffle: whether the order of rows is drawn.
+
+    Returns:
+        What happened.
+    """
+    seen = episodes.reset(first, num, shuffle=shuffle)
+    policy.begin(episodes, stream)
+    actions, steps = [], []
+    while not seen.done.all():
+        chosen = np.where(seen.done, -1, policy.act(seen))
+        step = episodes.step(chosen)
+        policy.learn(chosen, step)
+        actions.append(chosen)
+        steps.append(step)
+        seen = step.observation
+    width, sources = episodes.terms.rows_per_decision, len(episodes.terms.limits)
+    if not steps:
+        return Trace(np.zeros((num, 0), dtype=np.int64), np.zeros((num, 0)), np.zeros((num, 0, sources)),
+                     np.zeros((num, 0, width), dtype=np.int64))  # fmt: skip
+    return Trace(
+        np.stack(actions, axis=1),
+        np.stack([s.reward for s in steps], axis=1),
+        np.stack([s.cost for s in steps], axis=1),
+        np.stack([s.rows for s in steps], axis=1),
+    )
