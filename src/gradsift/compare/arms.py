@@ -19,6 +19,7 @@ from torch import nn
 from gradsift.compare.world import World
 from gradsift.data.lexical import lexical_scores
 from gradsift.errors import ConfigError
+from gradsift.evaluate.divergence import BaseLogProbs, cache_base
 from gradsift.evaluate.losses import RowLosses, evaluate_rows
 from gradsift.methods.base import make_method
 from gradsift.seeds import Stream, stream
@@ -145,6 +146,15 @@ class Desk:
         pad = self.world.pad_id
         return {
             one.name: evaluate_rows(self.base, one.rows, pad_id=pad, tokens_per_batch=EVALUATION_TOKENS)
+            for one in self.world.evaluations
+        }
+
+    @cached_property
+    def base_log_probs(self) -> dict[str, BaseLogProbs]:
+        """Log-probabilities of the starting weights on the held-out rows, by evaluation set; every divergence reads them."""
+        pad = self.world.pad_id
+        return {
+            one.name: cache_base(self.base, one.rows, pad_id=pad, tokens_per_batch=EVALUATION_TOKENS)
             for one in self.world.evaluations
         }
 

@@ -280,7 +280,7 @@ def measure_point(
         rows, pad, size = held_out.rows, desk.world.pad_id, grid.tokens_per_batch
         before = desk.before[held_out.name]
         after = evaluate_rows(model, rows, pad_id=pad, tokens_per_batch=size)
-        kl = kl_rows(model, rows, base=desk.base, pad_id=pad, tokens_per_batch=size)
+        kl = kl_rows(model, rows, base=desk.base_log_probs[held_out.name], pad_id=pad, tokens_per_batch=size)
         metrics[held_out.name] = {
             "loss_before": before.token_mean,
             "loss_after": after.token_mean,

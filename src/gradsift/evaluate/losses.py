@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from gradsift.data.batches import IGNORED, plan_batches
 from gradsift.errors import DataError, NumericsError
-from gradsift.train.parts import Cost, TrainBatch, make_batch
+from gradsift.train.parts import Cost, TrainBatch, keeps_logits, make_batch
 from gradsift.types import TokenRow
 
 # Positions turned into float32 probabilities at once: 256 x 150,000 tokens of vocabulary are 150 MB.
@@ -176,16 +175,11 @@ def supervised_logits(model: nn.Module, batch: TrainBatch) -> tuple[Float[Tensor
     wanted = batch.labels[:, 1:] != IGNORED
     row, position = wanted.nonzero(as_tuple=True)
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if not _keeps_logits(model):
+    if not keeps_logits(model):
         return model(**given).logits[row, position], Places(row, position)
     columns = wanted.any(0).nonzero().squeeze(1)
     logits = model(**given, logits_to_keep=columns).logits
     return logits[row, torch.searchsorted(columns, position)], Places(row, position)
-
-
-def _keeps_logits(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradsift.data.batches import IGNORED, plan_batches
 from gradsift.errors import ConfigError, DataError
 from gradsift.seeds import stream
-from gradsift.train.parts import Cost, TrainBatch, make_batch, token_nats, trainable, weighted_loss
+from gradsift.train.parts import Cost, TrainBatch, make_batch, supervised_nats, trainable, weighted_loss
 from gradsift.types import TokenRow
 
 # Nats (or any other quantity to be averaged) at every predicted token of a batch.
@@ -145,8 +145,7 @@ def loss_nats(model: nn.Module, batch: TrainBatch) -> Float[Tensor, "B S"]:
     Returns:
         Nats, 0 where a token carries no loss.
     """
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return token_nats(logits, batch.labels)
+    return supervised_nats(model, batch)
 
 
 @dataclass
@@ -216,7 +215,7 @@ def mean_gradient(
         for indices in plan_batches(rows, order, sources.tokens_per_batch):
             some = [rows[i] for i in indices]
             batch = make_batch(some, sources.pad_id, flat.device, [1.0 / row.num_trained for row in some])
-            loss = weighted_loss(per_token(model, batch), batch.labels, batch.weights, float(len(rows)))
+            loss = weighted_loss(per_token(model, batch), batch.weights, float(len(rows)))
             flat_gradient(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), into=flat)
     return agree(flat)
 

@@ -7,6 +7,7 @@ a value that can be copied and put back, and costs nothing but the steps themsel
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradsift.data.batches import plan_batches
 from gradsift.errors import NumericsError
 from gradsift.seeds import key64
 from gradsift.train.parts import (
     Cost,
     Penalty,
     StepHook,
+    forward_nats,
     make_batch,
-    token_nats,
     trainable,
     trained_weight,
     weighted_loss,
@@ -44,6 +46,7 @@ class LoopConfig:
         eps: of AdamW.
         weight_decay: decoupled.
         max_grad_norm: clipping; 0 for none.
+        tokens_per_batch: longest row times rows of a micro-batch; None sends a step's rows through at once.
         seed: of dropout and nothing else.
     """
 
@@ -55,6 +58,7 @@ class LoopConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    tokens_per_batch: int | None = None
     seed: int = 0
 
 
@@ -102,24 +106,9 @@ class Loop:
         started, at = time.perf_counter(), len(self.losses)
         self.model.train()
         torch.manual_seed(key64(self.config.seed, "loop", at) % 2**63)
-        batch = make_batch(rows, self.pad_id, self.parameters[0].device, weights)
-        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        nats = token_nats(logits, batch.labels)
-        loss = weighted_loss(nats, batch.labels, batch.weights, trained_weight(batch.labels, batch.weights))
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                "the training loss is not finite",
-                where=f"step {at}",
-                got=str(float(loss.detach())),
-                expected="a finite number",
-                do="lower the learning rate",
-            )
-        total = loss
         begin_step(self.penalties, at)
-        for penalty in self.penalties:
-            total = total + penalty(self.model, batch, logits, 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        loss = self._accumulate(rows, [1.0] * len(rows) if weights is None else list(weights), at)
         if self.hook is not None:
             self.hook(self.model, at)
         if self.config.max_grad_norm:
@@ -127,10 +116,40 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * schedule_factor(self.config, at)
         self.optimizer.step()
-        self.losses.append(float(loss.detach()))
-        used = Cost.of(self.num_parameters, forward=batch.num_tokens, backward=batch.num_tokens)
+        self.losses.append(loss)
+        tokens = sum(row.num_tokens for row in rows)
+        used = Cost.of(self.num_parameters, forward=tokens, backward=tokens)
         self.cost += used + Cost(seconds=time.perf_counter() - started)
-        return self.losses[-1]
+        return loss
+
+    def _accumulate(self, rows: Sequence[TokenRow], weights: Sequence[float], at: int) -> float:
+        """Sum the gradient over micro-batches; the weighted token-mean loss of the step without penalties."""
+        size, order = self.config.tokens_per_batch, range(len(rows))
+        cuts = [tuple(order)]
+        if size is not None:
+            by_length = sorted(order, key=lambda k: (rows[k].num_tokens, rows[k].id))
+            cuts = plan_batches(rows, by_length, size)
+        device = self.parameters[0].device
+        batches = [make_batch([rows[k] for k in cut], self.pad_id, device, [weights[k] for k in cut]) for cut in cuts]
+        shares = [trained_weight(batch.labels, batch.weights) for batch in batches]
+        whole = torch.stack(shares).sum()
+        loss = 0.0
+        for batch, share in zip(batches, shares, strict=True):
+            nats, logits = forward_nats(self.model, batch, whole=bool(self.penalties))
+            part = weighted_loss(nats, batch.weights, whole)
+            loss += float(part.detach())
+            if not math.isfinite(loss):
+                raise NumericsError(
+                    "the training loss is not finite",
+                    where=f"step {at}",
+                    got=str(loss),
+                    expected="a finite number",
+                    do="lower the learning rate",
+                )
+            for penalty in self.penalties:
+                part = part + penalty(self.model, batch, logits, float(share / whole))
+            part.backward()
+        return loss
 
     def run(
         self, steps: Sequence[Sequence[str]], rows: Callable[[str], TokenRow], weights: Mapping[str, float]
@@ -175,8 +194,6 @@ def schedule_factor(config: LoopConfig, step: int) -> float:
     Returns:
         A factor in [0, 1].
     """
-    import math
-
     if step < config.warmup_steps:
         return step / max(1, config.warmup_steps)
     progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)

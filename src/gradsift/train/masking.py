@@ -19,7 +19,7 @@ from torch import nn
 
 from gradsift.data.batches import plan_batches
 from gradsift.errors import ConfigError, DataError, NumericsError
-from gradsift.train.parts import Cost, make_batch, token_nats
+from gradsift.train.parts import Cost, make_batch, supervised_nats
 from gradsift.types import Note, TokenRow
 
 MUCH, LITTLE = 0.6, 0.02
@@ -90,8 +90,7 @@ def measure_nats(model: nn.Module, rows: Sequence[TokenRow], pad_id: int, tokens
             some = [rows[i] for i in cut]
             batch = make_batch(some, pad_id, device)
             with torch.no_grad():
-                logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-                values = token_nats(logits, batch.labels).cpu().numpy()
+                values = supervised_nats(model, batch).cpu().numpy()
             for row, line in zip(some, values, strict=True):
                 nats[row.id] = line[: row.num_tokens - 1].astype(np.float32)
                 if not np.isfinite(nats[row.id]).all():

@@ -6,6 +6,7 @@ accumulated gradients; clipping; the optimizer. Penalties and hooks count what t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -120,19 +121,71 @@ def token_nats(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Fl
     Returns:
         float32 [B, T-1] nats, position t for the token at t+1.
     """
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    flat = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
     )
+    return flat.view(labels.shape[0], -1)
 
 
-def weighted_loss(
-    nats: Float[Tensor, "B S"], labels: Int[Tensor, "B T"], weights: Float[Tensor, " B"], total: float | Tensor
-) -> Float[Tensor, ""]:
+def supervised_nats(model: nn.Module, batch: TrainBatch) -> Float[Tensor, "B S"]:
+    """Run a model and take the cross-entropy of every trained token, with the LM head at the columns that need it only.
+
+    Args:
+        model: a causal language model.
+        batch: rows with unshifted labels.
+
+    Returns:
+        float32 [B, T-1] as :func:`token_nats` of all logits, 0 where a token carries no loss.
+    """
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if not keeps_logits(model):
+        return token_nats(model(**given).logits, batch.labels)
+    columns = (batch.labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
+    logits = model(**given, logits_to_keep=columns).logits
+    targets = batch.labels[:, columns + 1]
+    flat = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    nats = flat.view(targets.shape)
+    return nats.new_zeros(nats.shape[0], batch.labels.shape[1] - 1).index_copy(1, columns, nats)
+
+
+def forward_nats(model: nn.Module, batch: TrainBatch, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Run a model for a training step.
+
+    Args:
+        model: in training.
+        batch: rows with unshifted labels.
+        whole: penalties want the logits of every position.
+
+    Returns:
+        float32 [B, T-1] nats, and logits [B, T, V]; [B, 0, 0] unless ``whole``.
+    """
+    if not whole:
+        nats = supervised_nats(model, batch)
+        return nats, nats.new_zeros(nats.shape[0], 0, 0)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return token_nats(logits, batch.labels), logits
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Tell whether a model can compute its LM head at some positions only.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+
+    Returns:
+        Whether its forward takes ``logits_to_keep``.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def weighted_loss(nats: Float[Tensor, "B S"], weights: Float[Tensor, " B"], total: float | Tensor) -> Float[Tensor, ""]:
     """Weighted token mean, sum_i w_i sum_t nats_it / total; with weights 1 and one micro-batch, the trainer's own loss.
 
     Args:
-        nats: from :func:`token_nats`.
-        labels: unshifted labels.
+        nats: from :func:`token_nats` or :func:`supervised_nats`.
         weights: one per row.
         total: sum over the whole optimizer step of w_i times the row's trained tokens (:func:`trained_weight`), so that
             micro-batches of one step add up to the step's mean.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradsift.errors import ConfigError
 from gradsift.seeds import stream
-from gradsift.train.parts import Cost, Penalty, TrainBatch, make_batch, token_nats, trainable
+from gradsift.train.parts import Cost, Penalty, TrainBatch, make_batch, supervised_nats, trainable
 from gradsift.types import TokenRow
 
 
@@ -218,8 +218,7 @@ def estimate_fisher(model: nn.Module, rows: Sequence[TokenRow], pad_id: int = 0)
         with adapted.disable_adapter() if layers else _nothing():  # pyright: ignore[reportCallIssue]
             for row in sorted(rows, key=lambda row: row.id):
                 one = make_batch([row], pad_id, parameters[0].device)
-                logits = model(input_ids=one.input_ids, attention_mask=one.attention_mask, use_cache=False).logits
-                loss = token_nats(logits, one.labels).sum() / row.num_trained
+                loss = supervised_nats(model, one).sum() / row.num_trained
                 for total, g in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                     if g is not None:
                         total += g.float().square()

@@ -1,8 +1,4 @@
-"""One probe: a short training in micro-batches, and the loss of rows under what came out (ours).
-
-The step is that of :class:`gradsift.train.loop.Loop` with the gradient summed over micro-batches, so that long rows fit into
-memory.
-"""
+"""One probe: a short training in micro-batches, and the loss of rows under what came out (ours)."""
 
 from __future__ import annotations
 
@@ -10,16 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import nn
 
 from gradsift.data.batches import plan_batches
 from gradsift.errors import NumericsError
-from gradsift.seeds import key64
 from gradsift.train.loop import Loop, LoopConfig
 from gradsift.train.masking import measure_nats
-from gradsift.train.parts import make_batch, token_nats, weighted_loss
 from gradsift.types import TokenRow
 
 
@@ -32,7 +25,7 @@ class ProbeRun:
         seed: of dropout.
         pad_id: padding token.
         tokens_per_batch: longest row times rows of a micro-batch.
-        tick: called after every micro-batch with rows and tokens done; raises to stop the run.
+        tick: called after every step, and every micro-batch of judging, with rows and tokens done; raises to stop the run.
     """
 
     lr: float
@@ -56,39 +49,20 @@ def train_probe(
     Returns:
         Token-mean loss of each step, before it.
     """
-    loop = Loop(model, LoopConfig(lr=run.lr, total_steps=len(steps), seed=run.seed), run.pad_id)
+    config = LoopConfig(lr=run.lr, total_steps=len(steps), seed=run.seed, tokens_per_batch=run.tokens_per_batch)
+    loop = Loop(model, config, run.pad_id)
     for ids in steps:
-        _step(loop, [rows[i] for i in ids], run)
+        some = [rows[i] for i in ids]
+        try:
+            loop.step(some)
+        except NumericsError as error:
+            raise NumericsError(
+                "the training loss of a probe is not finite", where=error.where, got=error.got,
+                expected="a finite number", do="lower it: --set probe.lr=1e-4",
+            ) from None  # fmt: skip
+        run.tick(len(some), sum(row.num_tokens for row in some))
     model.eval()
     return tuple(loop.losses)
-
-
-def _step(loop: Loop, rows: Sequence[TokenRow], run: ProbeRun) -> None:
-    """Take one optimizer step: the twin of ``Loop.step`` in micro-batches, without weights, penalties and hooks."""
-    at, device = len(loop.losses), loop.parameters[0].device
-    loop.model.train()
-    torch.manual_seed(key64(run.seed, "loop", at) % 2**63)
-    order = sorted(range(len(rows)), key=lambda k: (rows[k].num_tokens, rows[k].id))
-    total, loss = sum(row.num_trained for row in rows), 0.0
-    loop.optimizer.zero_grad(set_to_none=True)
-    for cut in plan_batches(rows, order, run.tokens_per_batch):
-        batch = make_batch([rows[k] for k in cut], run.pad_id, device)
-        logits = loop.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        part = weighted_loss(token_nats(logits, batch.labels), batch.labels, batch.weights, total)
-        part.backward()
-        loss += float(part.detach())
-        run.tick(len(cut), batch.num_tokens)
-    if not np.isfinite(loss):
-        raise NumericsError(
-            "the training loss of a probe is not finite",
-            where=f"step {at}",
-            got=str(loss),
-            expected="a finite number",
-            do="lower it: --set probe.lr=1e-4",
-        )
-    torch.nn.utils.clip_grad_norm_(loop.parameters, loop.config.max_grad_norm)
-    loop.optimizer.step()
-    loop.losses.append(loss)
 
 
 def row_losses(model: nn.Module, rows: Sequence[TokenRow], run: ProbeRun) -> Float[np.ndarray, " n"]:

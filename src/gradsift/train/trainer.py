@@ -32,13 +32,14 @@ from gradsift.train.parts import (
     Penalty,
     StepHook,
     TrainBatch,
+    forward_nats,
     make_batch,
-    token_nats,
     trainable,
     trained_weight,
     weighted_loss,
 )
 from gradsift.train.penalties import begin_step
+from gradsift.types import TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,10 +132,26 @@ class SelectionTrainer(SFTTrainer):
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,  # pyright: ignore[reportArgumentType]
-                lambda step: schedule_factor(self.schedule, step),
+                self._rate_factor,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    # What a trainer that chooses its rows while it trains does otherwise.
+
+    def _rate_factor(self, step: int) -> float:
+        """Learning-rate factor of a 0-based optimizer step, in [0, 1]."""
+        return schedule_factor(self.schedule, step)
+
+    def _rows_of(self, step: int) -> list[TokenRow]:
+        """Rows of a 0-based optimizer step that was taken."""
+        return [self.data.rows[i] for i in self.data.plan.steps[step]]
+
+    def _write_more(self, place: Path) -> None:
+        """Add files to the folder that becomes a checkpoint."""
+
+    def _read_more(self, place: Path) -> None:
+        """Take up what ``_write_more`` added to a checkpoint, before training goes on."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Send one optimizer step forward and backward, micro-batch by micro-batch, and call the hook.
@@ -172,9 +189,8 @@ class SelectionTrainer(SFTTrainer):
 
     def _micro_batch(self, model: nn.Module, batch: TrainBatch, denominator: Tensor) -> tuple[float, float]:
         """Forward and backward of one micro-batch: its share of the loss, without and with penalties."""
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        nats = token_nats(logits, batch.labels)
-        loss = weighted_loss(nats, batch.labels, batch.weights, denominator)
+        nats, logits = forward_nats(model, batch, whole=bool(self.penalties))
+        loss = weighted_loss(nats, batch.weights, denominator)
         total = loss
         share = float(trained_weight(batch.labels, batch.weights) / denominator)
         for penalty in self.penalties:
@@ -212,6 +228,7 @@ class SelectionTrainer(SFTTrainer):
             tensors = checkpoint.load_tensors(kept) if kept.is_file() else {}
             tensors = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
             restore(checkpoint.join_state(record["hook"], tensors))
+        self._read_more(found.path)
         self.train(resume_from_checkpoint=str(found.path))
         return found
 
@@ -236,6 +253,7 @@ class SelectionTrainer(SFTTrainer):
             self.state.save_to_json(str(place / checkpoint.STATE))
             if tensors:
                 save_file(tensors, str(place / checkpoint.HOOK))
+            self._write_more(place)
 
         assert self.folder is not None
         checkpoint.save_checkpoint(self.folder, self.state.global_step, record, write)
@@ -257,7 +275,7 @@ class SelectionTrainer(SFTTrainer):
         scheduler: Any = self.lr_scheduler
         scheduler.last_epoch = self.state.global_step
         for group in self.optimizer.param_groups:  # pyright: ignore[reportOptionalMemberAccess]
-            group["lr"] = self.schedule.lr * schedule_factor(self.schedule, self.state.global_step)
+            group["lr"] = self.schedule.lr * self._rate_factor(self.state.global_step)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: there is no loss scaling."""
@@ -283,7 +301,7 @@ class _Tick(TrainerCallback):
         trainer = self.trainer
         if trainer.tick is None:
             return
-        rows = [trainer.data.rows[i] for i in trainer.data.plan.steps[state.global_step - 1]]
+        rows = trainer._rows_of(state.global_step - 1)
         try:
             trainer.tick(len(rows), sum(row.num_tokens for row in rows))
         except Interrupted:

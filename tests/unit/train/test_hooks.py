@@ -427,7 +427,7 @@ def test_four_micro_batches_equal_one_batch(name: str) -> None:
         total = sum(float(trained_weight(b.labels, b.weights)) for b in batches)
         for b in batches:
             logits = model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits
-            weighted_loss(token_nats(logits, b.labels), b.labels, b.weights, total).backward()
+            weighted_loss(token_nats(logits, b.labels), b.weights, total).backward()
         hook(model, 0)
         ends.append(grads(model))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-5 * float(ends[0].norm()))
@@ -446,7 +446,7 @@ def test_without_a_hook_training_is_plain() -> None:
                 b = make_batch(rows, PAD, torch.device("cpu"))
                 logits = model(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False).logits
                 loss = weighted_loss(
-                    token_nats(logits, b.labels), b.labels, b.weights, trained_weight(b.labels, b.weights)
+                    token_nats(logits, b.labels), b.weights, trained_weight(b.labels, b.weights)
                 )
                 optimizer.zero_grad()
                 loss.backward()

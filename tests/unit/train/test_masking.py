@@ -55,7 +55,7 @@ def test_golden_loss_is_the_mean_over_kept_tokens() -> None:
     kept = mask_rows([row], known((row, GOLDEN)), tau=2.5).rows[0]
     batch = make_batch([kept], 0, torch.device("cpu"))
     nats = torch.from_numpy(np.where(kept.trained[1:], GOLDEN, 0))[None]
-    loss = weighted_loss(nats, batch.labels, batch.weights, trained_weight(batch.labels, batch.weights))
+    loss = weighted_loss(nats, batch.weights, trained_weight(batch.labels, batch.weights))
     assert float(loss) == pytest.approx(0.39, abs=1e-6)
 
 
