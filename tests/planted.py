@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gradsift.policy.calibration import Rollout
 from gradsift.types import Direction, Noise, Problem
 
 P, D, GROUPS = 24, 16, 4
@@ -56,6 +57,40 @@ def target_rows() -> np.ndarray:
     return (np.eye(E)[0] + spread).astype(np.float32)
 
 
+@dataclass(frozen=True, repr=False)
+class PlantedLearner:
+    """A learner for whom every loss is linear: a step moves it by the token mean of the rows' gradients."""
+
+    gradients: np.ndarray  # [N, P]
+    weights: np.ndarray  # [N]
+    directions: np.ndarray  # [M + 1, P] mean gradients, the target's last
+    eta: float = 0.01
+
+    def start(self, rows_per_decision):
+        pass
+
+    @property
+    def dynamics(self):
+        raise AssertionError("policies are trained in the simulator here")
+
+    def roll(self, rows, name):
+        place, losses = np.zeros(self.gradients.shape[1]), []
+        for some in [[], *rows]:
+            some = np.array([i for i in some if i >= 0], dtype=np.int64)
+            if len(some):
+                w = self.weights[some] / self.weights[some].sum()
+                place = place - self.eta * (w @ self.gradients[some])
+            losses.append(2.0 + self.directions @ place)
+        losses = np.array(losses)
+        return Rollout(name, rows, losses[:, -1], losses[:, :-1])
+
+    def load(self, name):
+        return None
+
+    def save(self, name, arrays):
+        pass
+
+
 def problem_from_rows(
     rows: Sequence[PlantedRow],
     anchors: np.ndarray,
@@ -97,6 +132,7 @@ def problem_from_rows(
         target=None if target is None else direction("target", "target", target),
         noise=noise,
         gram=directions @ directions.T,
+        learner=None if target is None else PlantedLearner(gradients, num_trained, np.vstack([anchors, target])),
     )
 
 
@@ -152,7 +188,7 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
 def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 2) -> Problem:
     """A few rows whose signals lie about as close together as the noise, with exact ties among them."""
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(3, 13))
+    n, apart = int(rng.integers(3, 13)), np.random.default_rng([seed, 1])
 
     def levels(scale: float, *shape: int) -> np.ndarray:
         return rng.integers(-4, 5, size=(n, *shape)) * scale * spread
@@ -182,6 +218,7 @@ def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 
         target=Direction("target", "target", 1.0, 9, 99, 0.9, 0.0),
         noise=noise,
         gram=np.eye(num_anchors + 1),
+        learner=PlantedLearner(apart.normal(size=(n, 3)), np.ones(n), apart.normal(size=(num_anchors + 1, 3))),
     )
 
 

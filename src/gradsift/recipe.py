@@ -131,6 +131,25 @@ class ProbeConfig(Strict):
     replay: float = Field(default=0.25, ge=0.0, lt=1.0)
 
 
+class RolloutConfig(Strict):
+    """Short trainings of the navigator on schedules, for methods that learn from what training does.
+
+    They train what ``navigator.parameters`` names, and measure rows of the anchors and of the target that are then no part
+    of the directions.
+
+    Args:
+        lr: AdamW learning rate.
+        batch_size: rows per optimizer step.
+        dev_share: share of every anchor's and the target's rows that is held out.
+        dev_rows: at most so many of each.
+    """
+
+    lr: float = Field(default=5e-4, gt=0)
+    batch_size: int = Field(default=4, ge=1)
+    dev_share: float = Field(default=0.4, gt=0.0, lt=1.0)
+    dev_rows: int = Field(default=16, ge=2)
+
+
 class MethodConfig(Strict):
     """The rule that chooses.
 
@@ -148,12 +167,14 @@ class Recipe(Strict):
 
     Args:
         pool: candidate files.
+        general: files of general rows that may be chosen as replay, for methods that decide about it.
         anchors: what must be kept, one source each.
         target: what must be learned.
         data: reading and masking.
         navigator: the measuring model.
         collect: the pass.
         probe: short trainings, for methods that need them.
+        rollout: trainings on schedules, for methods that need them.
         method: the rule.
         budget: ``10%``, ``500`` or ``20000tok``.
         allow_weak_anchor: let methods constrain on an anchor whose split-half reliability is below 0.2.
@@ -161,12 +182,14 @@ class Recipe(Strict):
     """
 
     pool: tuple[SourceConfig, ...] = Field(min_length=1)
+    general: tuple[SourceConfig, ...] = ()
     anchors: tuple[SourceConfig, ...] = ()
     target: str | None = None
     data: DataConfig = DataConfig()
     navigator: NavigatorConfig = NavigatorConfig()
     collect: CollectConfig = CollectConfig()
     probe: ProbeConfig = ProbeConfig()
+    rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig
     budget: str
     allow_weak_anchor: bool = False
@@ -378,7 +401,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         ConfigError: a field is unknown, missing or has a wrong value; all of them are named.
     """
     recipe = build_section(Recipe, values, "the recipe")
-    for group, role in ((recipe.pool, "--pool"), (recipe.anchors, "--anchor")):
+    for group, role in (((*recipe.pool, *recipe.general), "--pool or --general"), (recipe.anchors, "--anchor")):
         labels = [source.label for source in group]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
@@ -386,7 +409,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
                 "a label is used twice",
                 where=role,
                 got=", ".join(repeated),
-                do=f"give each a label of its own: {role} LABEL=PATH",
+                do="give each a label of its own: LABEL=PATH",
             )
     parse_budget(recipe.budget)
     return recipe

@@ -230,6 +230,9 @@ class Problem:
         noise: measured numerical bounds.
         gram: float64 [M+1, M+1] dots between the *unit* directions, protect anchors in order, then the target; [M, M]
             without a target.
+        direction_sketch: float32 [M+1, D] sketches of the unit directions, in the order of ``gram``.
+        general: source labels whose rows are general ones: choosing them is replay.
+        learner: the navigator in training (:class:`gradsift.policy.learn.Learner`), for methods that ask for roll-outs.
 
     Raises:
         ValueError: rows out of order or arrays of the wrong length (our own mistake).
@@ -261,6 +264,9 @@ class Problem:
     target: Direction | None = None
     noise: Noise = Noise()
     gram: Float[np.ndarray, "A A"] | None = None
+    direction_sketch: Float[np.ndarray, "A D"] | None = None
+    general: tuple[str, ...] = ()
+    learner: Any = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -290,6 +296,11 @@ class Problem:
         self._check_target_embedding()
         self._check_anchor_loss()
         self._check_gram()
+
+    @property
+    def general_rows(self) -> Bool[np.ndarray, " N"]:
+        """Bool [N] rows of general sources."""
+        return np.isin(np.array(self.sources, dtype=object), self.general)
 
     def _check_target_embedding(self) -> None:
         if self.target_embedding is None:
@@ -463,6 +474,7 @@ class Selection:
         certificate: set-level methods only.
         mixture: domain probabilities, mixture methods only.
         notes: counted remarks.
+        details: what else the method has to show, as plain JSON values.
     """
 
     ids: tuple[str, ...]
@@ -483,6 +495,7 @@ class Selection:
     certificate: Certificate | None = None
     mixture: Mapping[str, float] | None = None
     notes: tuple[Note, ...] = field(default=())
+    details: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.problem_ids)

@@ -21,6 +21,7 @@ from gradsift.seeds import stream
 from gradsift.types import SIGNALS, Budget, Noise
 from planted import close_problem, planted_world, problem_from_rows, remeasured
 
+POLICY = {"num_epochs": 2, "num_episodes": 4, "num_confirmed": 1, "allowed_nats": 1.0, "infeasible": "least"}
 # Settings that each method is tried with, and the signal that is planted for it (None: it does not look at any).
 VARIANTS: dict[str, list[tuple[dict, str | None]]] = {
     "random": [({}, None), ({"match": "length"}, None), ({"match": "source"}, None)],
@@ -35,17 +36,23 @@ VARIANTS: dict[str, list[tuple[dict, str | None]]] = {
     "ogs_static": [({}, "orthogonal")],
     "hybrid": [({}, "gradient"), ({"conflict_quantile": 0.4, "num_clusters": 4}, "gradient")],
     "ogs_dual": [({}, "gradient")],
+    "ogs": [(POLICY, None)],
     "crossfit": [({}, None), ({"prior_share": 0.56, "trust": 0.27, "protect": 0.25}, "trust")],
 }
 CASES = [(name, *variant) for name in methods() for variant in VARIANTS.get(name, [({}, "gradient")])]
 IDS = [f"{name}-{'-'.join(map(str, s.values()))}".rstrip("-") for name, s, _ in CASES]
 every = pytest.mark.parametrize(("name", "config", "signal"), CASES, ids=IDS)
 IGNORES_BUDGET = {"full"}
-DRAWS = {"random", "crossfit"}
+DRAWS = {"random", "crossfit", "ogs"}
 SEEDED = DRAWS | {"hybrid"}  # hybrid draws its first cluster centres
 EXCLUDES = {"conflict", "hybrid", "crossfit"}  # leaves rows out that it would not take at any budget
-LEFT = ("dropped:budget", "dropped:draw", "dropped:does_not_fit")  # candidates for which there was no room
-SET_LEVEL = {"ogs_dual"}  # chooses a set, whose rows are not the top of one score
+LEFT = (
+    "dropped:budget",
+    "dropped:draw",
+    "dropped:policy",
+    "dropped:does_not_fit",
+)  # candidates for which there was no room
+SET_LEVEL = {"ogs_dual", "ogs"}  # chooses a set, whose rows are not the top of one score
 ROOM = {"ogs_dual": {"eps": 1e6}}  # the world as a whole opposes an anchor: room enough to take all of it
 NOISE = Noise(loss=1e-2, norm=1e-2, cos=1e-2, num_rows=8, embedding=1e-2)
 
@@ -380,12 +387,6 @@ def _or_refusal(name, config, problem, budget):
     except InfeasibleError:
         assert name in ("conflict", "hybrid", "ogs_dual")
         return None
-
-
-def test_the_learned_policy_is_refused_until_it_exists():
-    with pytest.raises(ConfigError, match="not built yet") as refusal:
-        make_method("ogs", {})
-    assert "ogs_dual" in refusal.value.do
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():

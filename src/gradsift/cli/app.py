@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradsift.cli import compare, demo, doctor, evaluate, inspect, methods, report, select, train
+from gradsift.cli import compare, demo, doctor, evaluate, inspect, methods, report, select, train, transfer
 from gradsift.errors import GradsiftError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("select")(select.command)
 app.command("train")(train.command)
+app.command("transfer")(transfer.command)
 app.command("evaluate")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("doctor")(doctor.command)

@@ -18,10 +18,9 @@ def command() -> None:
         method = cls()
         needs = [word for word, wanted in (("anchor", method.needs.anchors), ("target", method.needs.target)) if wanted]
         settings = ", ".join(f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(cls))
-        out.add_row(name, ", ".join(needs) or "-", method.needs.cost_class, cls.summary, settings or "-", cls.paper)
+        cost = method.needs.cost_class + (" + roll-outs" if method.needs.rollouts else "")
+        out.add_row(name, ", ".join(needs) or "-", cost, cls.summary, settings or "-", cls.paper)
     console.print(out)
     console.print("cost: text = no model, forward = one forward per row, gradient = one forward and backward per row,")
-    console.print("probe = one forward per row and several short trainings of the navigator")
-    console.print(
-        "ogs (the learned policy) is not built yet; ogs_dual solves its constrained choice on one set of signals"
-    )
+    console.print("probe = one forward per row and several short trainings of the navigator,")
+    console.print("roll-outs = many short trainings of the navigator, each measured on held-out rows")

@@ -26,6 +26,8 @@ WORDS = {
     "anchor_loss": "measuring anchor rows",
     "probe": "training probes",
     "measuring": "measuring before and after",
+    "roll": "training roll-outs",
+    "compare": "comparing",
     "select": "selecting",
     "write": "writing",
 }

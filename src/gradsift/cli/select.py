@@ -28,6 +28,14 @@ Anchor = Annotated[
     list[str] | None,
     typer.Option("--anchor", metavar="NAME=PATH", help="Rows that stand for what must be kept. Repeatable."),
 ]
+General = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--general",
+        metavar="[LABEL=]PATH",
+        help="General rows that may be chosen as replay, within the budget (method ogs). Repeatable.",
+    ),
+]
 Target = Annotated[
     str | None, typer.Option("--target", metavar="PATH", help="A few rows like those the model must get better at.")
 ]
@@ -79,6 +87,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens, mem
 
 def command(
     pool: Pool = None,
+    general: General = None,
     anchor: Anchor = None,
     target: Target = None,
     navigator: Navigator = None,
@@ -100,6 +109,7 @@ def command(
     """
     flags: list[tuple[str, Any]] = [
         ("pool", [labelled(text, "--pool") for text in pool] if pool else None),
+        ("general", [labelled(text, "--general") for text in general] if general else None),
         ("anchors", [labelled(text, "--anchor", named=True) for text in anchor] if anchor else None),
         ("target", target),
         ("navigator.model", navigator),

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from gradsift.compare.policy_arm import choose_by_policy
 from gradsift.compare.world import World
 from gradsift.data.lexical import lexical_scores
 from gradsift.errors import ConfigError
@@ -30,6 +31,7 @@ from gradsift.types import SIGNALS, Budget, Problem, TokenRow
 
 # Arms that only a planted world can have, or that choose by a rule of the comparison itself.
 ORACLE, DOMAIN, CROSSFIT = "oracle", "domain_looking", "crossfit"
+POLICY = "ogs"
 EVALUATION_TOKENS = 2048  # longest row times rows of an evaluation batch; nothing but memory depends on it
 TRAIN_OPTIONS = frozenset({"lr_factor", "wise_ft", "kl", "l2sp", "ewc", "stm", "hook", "hook_settings"})
 
@@ -69,7 +71,7 @@ class ArmSpec:
         if unknown := sorted(set(self.train) - TRAIN_OPTIONS):
             known = ", ".join(sorted(TRAIN_OPTIONS))
             raise ConfigError("no such training option", where=where, got=", ".join(unknown), expected=known)
-        if self.placebo == "permuted_scores" and self.method in (ORACLE, DOMAIN, CROSSFIT):
+        if self.placebo == "permuted_scores" and self.method in (ORACLE, DOMAIN, CROSSFIT, POLICY):
             # It would run undisguised, and be shown as a placebo.
             raise ConfigError("this method reads no scores to permute", where=where, got=self.method)
 
@@ -83,12 +85,14 @@ class Choice:
         weights: id -> weight; 1 where absent.
         cost: of choosing them, by part.
         notes: what a reader must know.
+        extra: figures of the choice.
     """
 
     ids: tuple[str, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, Cost] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,8 @@ def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
         return Choice(ids, notes=(f"shortage: {len(ids)} of {count} rows",) if len(ids) < count else ())
     if arm.method == CROSSFIT:
         return _crossfit(desk, arm, count)
+    if arm.method == POLICY:
+        return choose_by_policy(desk, arm, count)
     method = make_method(arm.method, arm.settings)
     text_only = method.needs.cost_class == "text" and not arm.placebo
     problem, cost = (desk.unmeasured, Cost()) if text_only else desk.start

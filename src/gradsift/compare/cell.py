@@ -199,7 +199,9 @@ def _train(desk: Desk, arm: ArmSpec, grid: Grid, choice: Choice, lr: float, num_
             for name, p in trainable(model):
                 p.copy_(start[name] + options["wise_ft"] * (p - start[name]))
     cost |= {"train": loop.cost, **{p.name: p.cost for p in penalties}}
-    extra = {"num_masked_away": float(len(choice.ids) - len(ids))} if "stm" in options else {}
+    extra = dict(choice.extra)
+    if "stm" in options:
+        extra["num_masked_away"] = float(len(choice.ids) - len(ids))
     if hook is not None:
         cost[hook.name] = hook.cost
         extra |= {f"hook_{k}": float(v) for k, v in hook.summary().items() if math.isfinite(v)}

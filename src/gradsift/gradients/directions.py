@@ -119,6 +119,18 @@ def build_direction(
     )
 
 
+def sketch_directions(built: Sequence[BuiltDirection]) -> Float[np.ndarray, "A D"]:
+    """Sketch the unit directions: sketches are linear, so each is the mean of its rows' sketches over its length.
+
+    Args:
+        built: A directions.
+
+    Returns:
+        float32 [A, D] in the order given.
+    """
+    return np.stack([d.sketches.mean(axis=0) / d.norm for d in built]).astype(np.float32)
+
+
 def gram(directions: Sequence[BuiltDirection]) -> Float[np.ndarray, "K K"]:
     """Inner products of unit directions.
 

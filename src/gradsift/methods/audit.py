@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,7 @@ def build_selection(
     certificate: Certificate | None = None,
     mixture: Mapping[str, float] | None = None,
     notes: Sequence[Note] = (),
+    details: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Assemble a Selection with an audit entry for every row of the problem.
 
@@ -60,6 +61,7 @@ def build_selection(
         certificate: for set-level methods.
         mixture: for mixture methods.
         notes: counted remarks.
+        details: what else the method has to show, as plain JSON values.
 
     Returns:
         The selection.
@@ -100,6 +102,7 @@ def build_selection(
         certificate=certificate,
         mixture=mixture,
         notes=tuple(notes),
+        details=details,
     )
 
 

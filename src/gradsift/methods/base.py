@@ -58,6 +58,7 @@ class Needs:
         target: a target set.
         constrains: the method constrains on anchors, so weak ones need ``allow_weak_anchor``.
         probes: which rows short trainings of the navigator learn from, or None where none are trained.
+        rollouts: short trainings of the navigator on schedules that the method makes, measured on held-out rows.
     """
 
     signals: frozenset[str] = frozenset()
@@ -65,6 +66,7 @@ class Needs:
     target: bool = False
     constrains: bool = False
     probes: Prior | None = None
+    rollouts: bool = False
 
     def __post_init__(self) -> None:
         if (self.probes is not None) != bool(self.signals & PROBE_SIGNALS):
@@ -75,7 +77,7 @@ class Needs:
         """What measuring takes, the dearest part.
 
         ``text`` no model, ``forward`` one forward per row, ``probe`` one forward and several short trainings,
-        ``gradient`` one forward and backward per row (and the probes, where there are any).
+        ``gradient`` one forward and backward per row (and the probes or roll-outs, where there are any).
         """
         if self.signals & GRADIENT_SIGNALS:
             return "gradient"
@@ -157,14 +159,6 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
         ConfigError: the name or a setting is unknown, or a value has the wrong type; the known ones are listed.
     """
     known = methods()
-    if name == "ogs":
-        raise ConfigError(
-            "the learned policy of ogs is not built yet",
-            where="--method",
-            got="ogs",
-            expected="ogs_dual (set-level, recommended), hybrid, conflict or ogs_static",
-            do="use --method ogs_dual, which solves the constrained choice exactly on one set of signals",
-        )
     if name not in known:
         raise ConfigError(
             "there is no such method", where="--method", got=name, expected=", ".join(known), do="run gradsift methods"
@@ -215,6 +209,14 @@ def require(problem: Problem, method: Method) -> None:
                 expected=f"a store that holds {name}",
                 do="collect again with the same --out",
             )
+    if method.needs.rollouts and problem.learner is None:
+        raise SignalError(
+            f"{method.name} needs roll-outs of the navigator",
+            where="the problem",
+            got="no learner",
+            expected="a navigator in training",
+            do="run it by gradsift select or gradsift compare",
+        )
     if "grad_norm" in method.needs.signals and problem.grad_norm is not None and (problem.grad_norm <= 0).any():
         bad = int(np.flatnonzero(problem.grad_norm <= 0)[0])
         raise NumericsError(

@@ -30,6 +30,7 @@ from gradsift.gradients.directions import (
     gram,
     load_direction,
     save_direction,
+    sketch_directions,
 )
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import VERSION, Projector
@@ -67,6 +68,7 @@ class Measurement:
         noise: measured numerical bounds.
         notes: remarks for the report.
         target_embedding: float32 [n_t, d] embeddings of the target's rows in id order, or None.
+        direction_sketch: float32 [K, D] sketches of the unit directions, or None without gradients.
     """
 
     navigator: Navigator
@@ -79,6 +81,7 @@ class Measurement:
     noise: Noise
     notes: tuple[Note, ...]
     target_embedding: Float[np.ndarray, "n_t d"] | None = None
+    direction_sketch: Float[np.ndarray, "K D"] | None = None
 
 
 def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
@@ -118,7 +121,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
     model: Any = navigator.model
     if recipe.navigator.parameters == "lora" and gradients:
         with clock.stage("adapter"):
-            model, remark = _with_adapter(prepared, navigator, rows, out, clock)
+            model, remark = with_adapter(prepared, navigator, rows, out, clock)
             notes += remark
     parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
@@ -157,6 +160,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         noise,
         tuple(notes),
         target_embedding,
+        sketch_directions(built) if built else None,
     )
 
 
@@ -190,9 +194,21 @@ def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
                 )
 
 
-def _with_adapter(
+def with_adapter(
     prepared: Prepared, navigator: Navigator, rows: Sequence[TokenRow], out: Path, clock: Clock
 ) -> tuple[Any, list[Note]]:
+    """Put the run's adapter on a navigator: seeded, and warmed up where the recipe says so (once, then read back).
+
+    Args:
+        prepared: the run's inputs.
+        navigator: a model without adapter; changed in place.
+        rows: the rows that are measured.
+        out: the run folder.
+        clock: timing and progress.
+
+    Returns:
+        The model with its adapter, and remarks.
+    """
     lora, seed = prepared.recipe.navigator.lora, prepared.recipe.seed
     if lora.warmup_share == 0:
         text = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from gradsift.data.pool import Pool, read_pool
 from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
@@ -15,6 +15,7 @@ from gradsift.models.load import load_tokenizer
 from gradsift.models.resolve import Resolved, resolve_navigator
 from gradsift.pipeline.progress import Clock
 from gradsift.recipe import Recipe, SourceConfig
+from gradsift.seeds import stream
 from gradsift.store.spec import content_hash, set_hash
 from gradsift.types import Note, RowStatus, Shape, TokenRow
 
@@ -67,6 +68,7 @@ class Prepared:
         pool: the candidates.
         anchors: what must be kept.
         target: what must be learned.
+        dev: held-out rows of the anchors in their order, then of the target; empty unless the method wants roll-outs.
         notes: remarks about the data.
     """
 
@@ -79,6 +81,7 @@ class Prepared:
     anchors: tuple[Source, ...]
     target: Source | None
     notes: tuple[Note, ...]
+    dev: tuple[Source, ...] = ()
 
     @property
     def directions(self) -> tuple[Source, ...]:
@@ -119,6 +122,14 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="a small set of rows like those the model must get better at",
             do="add --target PATH",
         )
+    if recipe.general and not needs.rollouts:
+        raise ConfigError(
+            f"{method.name} does not decide about replay",
+            where="--general",
+            got=", ".join(source.label for source in recipe.general),
+            expected="a method that chooses general rows (ogs)",
+            do="leave --general out, and mix replay in at training: gradsift train --replay",
+        )
     taken = {source.label for source in recipe.anchors} & {"target"}
     if taken:
         raise ConfigError("an anchor may not be called target", where="--anchor", do="give it another name")
@@ -139,7 +150,7 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
         DataError: a pool, anchor or target has no usable row.
     """
     check_needs(recipe, method)
-    wanted = [("pool", "pool", recipe.pool)]
+    wanted = [("pool", "pool", (*recipe.pool, *recipe.general))]
     wanted += [("anchor", a.label, (a,)) for a in recipe.anchors]
     if recipe.target is not None:
         wanted.append(("target", "target", (SourceConfig(label="target", path=recipe.target),)))
@@ -175,11 +186,36 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
         by_role["target"][0] if by_role["target"] else None,
         (),
     )
-    return Prepared(**{**_shallow(prepared), "notes": tuple(_data_notes(prepared))})
+    prepared = replace(prepared, notes=tuple(_data_notes(prepared)))
+    return _with_dev(prepared) if method.needs.rollouts else prepared
 
 
-def _shallow(prepared: Prepared) -> dict[str, Any]:
-    return {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
+def _with_dev(prepared: Prepared) -> Prepared:
+    """Hold rows of every anchor and of the target out; what is left gives the directions."""
+    config = prepared.recipe.rollout
+    kept, dev = [], []
+    for source in prepared.directions:
+        by_content = {content_hash(row.input_ids, row.trained): row for row in source.usable}
+        draws = stream(prepared.recipe.seed, f"dev/{source.name}").uniform(tuple(by_content))
+        order = [
+            row for _, row in sorted(zip(draws.tolist(), by_content.values(), strict=True), key=lambda one: one[0])
+        ]
+        count = min(config.dev_rows, round(config.dev_share * len(order)))
+        if count < 2 or len(order) - count < 2:
+            raise ConfigError(
+                f"{source.name} has too few rows to hold some out",
+                where="--target" if source.role == "target" else f"--anchor {source.name}",
+                got=f"{len(order)} different usable rows, of which {count} would be held out",
+                expected="at least 2 held out and 2 for the direction",
+                do="give more rows, or --set rollout.dev_share=0.5",
+            )
+        held = {content_hash(row.input_ids, row.trained) for row in order[:count]}
+        dev.append(replace(source, tokens=tuple(sorted(order[:count], key=lambda row: row.id))))
+        rest = (row for row in source.tokens if content_hash(row.input_ids, row.trained) not in held)
+        kept.append(replace(source, tokens=tuple(rest)))
+    target = kept[-1] if prepared.target is not None else None
+    anchors = tuple(kept[: len(prepared.anchors)])
+    return replace(prepared, anchors=anchors, target=target, dev=tuple(dev))
 
 
 def _refuse_unusable(source: Source) -> None:

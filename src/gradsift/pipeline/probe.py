@@ -19,14 +19,12 @@ from gradsift.errors import NumericsError
 from gradsift.gradients.collect import Pass, measure_shard
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.manifest import make_folder
-from gradsift.models.adapter import attach_lora
-from gradsift.models.load import load_navigator
-from gradsift.models.parameters import choose_parameters
-from gradsift.pipeline.measure import Measurement, wants_gradients
+from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.probe_design import Design, design_probes
 from gradsift.pipeline.probe_store import ProbeStore
 from gradsift.pipeline.progress import Clock
+from gradsift.pipeline.trainable import trainable_navigator
 from gradsift.store.spec import content_hash
 from gradsift.train.crossfit import ProbePlan
 from gradsift.train.probe import ProbeRun, row_losses, train_probe
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from torch import nn
 
 VERSION = "probe-1"
 
@@ -195,20 +192,8 @@ class _Learner:
     """The navigator made trainable, and put back to its starting weights before every probe."""
 
     def __init__(self, prepared: Prepared, measured: Measurement) -> None:
-        recipe = prepared.recipe
-        model: Any = measured.navigator.model
-        if wants_gradients(prepared) and recipe.navigator.parameters == "lora":  # it carries the pass's adapter
-            navigator = load_navigator(prepared.resolved, dtype=recipe.navigator.dtype, device=recipe.navigator.device)
-            model = navigator.model
-        if recipe.navigator.parameters == "lora":
-            model = attach_lora(model, recipe.navigator.lora, recipe.seed)
-        names = set(choose_parameters(model, recipe.navigator.parameters).names)
-        self.model: nn.Module = model
-        self.start: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in names:
-                parameter.requires_grad_(True)
-                self.start.append((parameter, parameter.detach().clone()))
+        self.model = trainable_navigator(prepared, measured)
+        self.start = [(p, p.detach().clone()) for p in self.model.parameters() if p.requires_grad]
 
     def probe(
         self, design: Design, plan: ProbePlan, judged: Sequence[TokenRow], run: ProbeRun

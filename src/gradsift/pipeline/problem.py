@@ -59,6 +59,7 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         "num_trained_read": sum(row.num_trained for row in prepared.pool.tokens),
         "lexical": _lexical(prepared, rows),
         "likeness": _likeness(prepared, rows),
+        "general": tuple(source.label for source in prepared.recipe.general),
         **_probed(probed, rows),
     }
     if measured is None:
@@ -78,6 +79,7 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         anchor_dot=store.dots([d.name for d in anchors])[at] if anchors else None,
         target_dot=store.dots([target.name])[at, 0] if target else None,
         gram=measured.gram if measured.directions else None,
+        direction_sketch=measured.direction_sketch,
         sketch=store.gather(originals)[at] if "sketch" in signals else None,
         emb_grad_norm=store.emb_grad_norm[at] if "emb_grad_norm" in signals else None,
         head_grad_norm=store.head_grad_norm[at] if "head_grad_norm" in signals else None,

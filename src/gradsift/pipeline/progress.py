@@ -58,25 +58,33 @@ class Clock:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    _inner: list[float] = field(default_factory=list)
 
     @contextmanager
-    def stage(self, name: str, total_tokens: int = 0) -> Iterator[None]:
-        """Time a stage.
+    def stage(self, name: str, total_tokens: int = 0, *, told: bool = True) -> Iterator[None]:
+        """Time a stage; a stage inside another one is not counted in the outer one.
 
         Args:
             name: its name in the cost table.
             total_tokens: tokens it will go through, 0 when not known.
+            told: announce its start and end; False for one of many short stages, whose caller says what is worth a line.
 
         Yields:
             Nothing.
         """
-        self.progress.start(name, total_tokens)
+        if told:
+            self.progress.start(name, total_tokens)
         begun = time.perf_counter()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-        self.progress.finish(name)
+            spent = time.perf_counter() - begun
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += spent
+        if told:
+            self.progress.finish(name)
 
     def tick(self, name: str, rows: int, tokens: int) -> None:
         """Count work done in a stage.

@@ -19,6 +19,7 @@ from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic
 from gradsift.methods import make_method
 from gradsift.pipeline.audit import audit_table, with_probes, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
+from gradsift.pipeline.learner import NavigatorLearner
 from gradsift.pipeline.measure import Measurement, measure, refuse_weak
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe import Probed, probe
@@ -82,13 +83,18 @@ def select(
     probed = None
     if method.needs.probes is not None and measured is not None:
         probed = probe(prepared, measured, eligible_rows(prepared, measured), out, clock)
+    learner = None
+    if method.needs.rollouts and measured is not None:
+        learner = NavigatorLearner(prepared, measured, eligible_rows(prepared, measured), out, clock)
     with clock.stage("select"):
-        problem = build_problem(prepared, measured, probed)
+        problem = dataclasses.replace(build_problem(prepared, measured, probed), learner=learner)
         selection = method.select(problem, budget, stream(recipe.seed, f"select/{method.name}"))
         notes = (*prepared.notes, *(measured.notes if measured else ()), *(probed.notes if probed else ()))
         selection = dataclasses.replace(selection, notes=(*notes, *selection.notes))
     with clock.stage("write"):
         files, manifest = _write(prepared, (measured, probed), problem, selection, out, command, clock)
+        if selection.details is not None:
+            write_json_atomic(out / "selection" / "details.json", dict(selection.details))
     return Outcome(selection, out, files, manifest)
 
 
@@ -136,6 +142,7 @@ def _write(
         **_measured(prepared, measured),
         "sketch": sketch_noise(problem),
         "probes": dict(probed.summary) if probed else None,
+        "rollouts": problem.learner.summary() if problem.learner else None,
         "selection": _selection(selection),
         **batch_checks(problem, selection, prepared.recipe.seed),
         "cost": _cost(clock),

@@ -13,12 +13,13 @@ What a step does to the losses is a :class:`Dynamics`: a simulator, or the navig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from gradsift.errors import ConfigError
 from gradsift.seeds import Stream
 
 NO_ROW = -1
@@ -71,7 +72,7 @@ class Table:
     """Clusters as the things decided about.
 
     Args:
-        members: K tuples of row numbers, each not empty, no row twice.
+        members: K tuples of row numbers, each not empty, no row twice; without shuffling rows are taken in this order.
         price: int64 [N] what each row takes from the budget: 1, or its trained tokens; at least 1.
         features: float64 [K, F] fixed statistics, as measured.
         feature_names: F names.
@@ -88,6 +89,8 @@ class Table:
         everyone = [i for some in self.members for i in some]
         if not all(self.members) or len(everyone) != len(set(everyone)):
             raise ValueError("Table.members must be non-empty and must not share rows")
+        if min(everyone, default=0) < 0 or max(everyone, default=-1) >= len(self.price):
+            raise ValueError("Table.members must be row numbers below the length of Table.price")
         if self.features.shape != (len(self.members), len(self.feature_names)) or not np.isfinite(self.features).all():
             raise ValueError("Table.features must be finite, one row per cluster and one column per name")
         if len(self.general) != len(self.members) or (self.price < 1).any():
@@ -98,6 +101,11 @@ class Table:
         """K."""
         return len(self.members)
 
+    @property
+    def sizes(self) -> Int[np.ndarray, " K"]:
+        """Rows of each cluster, int64 [K], at least 1."""
+        return np.array([len(some) for some in self.members], dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -106,12 +114,29 @@ class Terms:
     Args:
         rows_per_decision: rows that one decision trains on, at least 1.
         budget: rows or trained tokens of an episode, in the unit of ``Table.price``.
-        limits: float64 [M] allowed rise of each source's loss over an episode, in nats; not 0.
+        limits: float64 [M] allowed rise of each source's loss over an episode, in nats; finite, not 0, below 0 where the
+            loss has to fall.
+
+    Raises:
+        ConfigError: a number is out of its range.
     """
 
     rows_per_decision: int
     budget: int
     limits: Float[np.ndarray, " M"]
+
+    def __post_init__(self) -> None:
+        for name, value in (("rows_per_decision", self.rows_per_decision), ("budget", self.budget)):
+            if value < 1:
+                raise ConfigError(f"{name} is too small", where="policy", got=value, expected="at least 1")
+        if not np.isfinite(self.limits).all() or (self.limits == 0).any():
+            raise ConfigError(
+                "a limit is the unit its cost is measured in, so it has to be finite and not 0",
+                where="policy: limits of the protected sources",
+                got=self.limits.tolist(),
+                expected="the allowed rise in nats, for example 0.01, or below 0 to demand a fall",
+                do="give a small limit instead of 0",
+            )
 
 
 @dataclass(frozen=True)
@@ -175,33 +200,44 @@ class Episodes:
         self.table, self.dynamics, self.terms, self.stream = table, dynamics, terms, stream
         self.scales = np.concatenate([[1.0], np.abs(terms.limits)]) if scales is None else scales
         self.multipliers = np.zeros(len(terms.limits))
-        self._sizes = np.array([len(some) for some in table.members])
+        self.numbers = np.arange(0)
+        self._sizes = table.sizes
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
-        spread = table.features.std(axis=0)
+        self.refresh(table.features)
+
+    def refresh(self, features: Float[np.ndarray, "K F"]) -> None:
+        """Put new statistics in the place of the clusters' former ones; what is seen from now on shows them.
+
+        Args:
+            features: float64 [K, F], finite.
+        """
+        self.table = replace(self.table, features=np.asarray(features, dtype=np.float64))
+        spread = features.std(axis=0)
         # a statistic that hardly differs between clusters says nothing; its rounding must not be blown up
-        flat = spread <= 1e-12 * np.abs(table.features).max(axis=0, initial=0)
-        self._features = (table.features - table.features.mean(axis=0)) / np.where(flat, 1.0, spread)
+        flat = spread <= 1e-12 * np.abs(features).max(axis=0, initial=0)
+        self._features = (features - features.mean(axis=0)) / np.where(flat, 1.0, spread)
 
     def reset(self, first: int, num: int, *, shuffle: bool = True) -> Observation:
         """Start episodes.
 
         Args:
-            first: number of the first episode; an episode's order of rows depends on its number alone.
+            first: number of the first episode. An episode's order of rows depends on the stream and this number alone,
+                and is an order of all rows of which each cluster takes its own: neither the episodes beside it nor the
+                numbering of the clusters matters.
             num: E.
             shuffle: draw that order; else rows are taken as they stand in ``Table.members``.
 
         Returns:
             What is seen at the start.
         """
-        k = self.table.num_clusters
-        base = np.array([i for some in self.table.members for i in some])
-        self._order = np.tile(base, (num, 1))
+        self.numbers = np.arange(first, first + num)
+        self._order = np.tile(np.concatenate([np.array(some, dtype=np.int64) for some in self.table.members]), (num, 1))
         if shuffle:
-            for e in range(num):
-                random = self.stream.child(f"episode/{first + e}").numpy()
-                for start, size in zip(self._starts, self._sizes, strict=True):
-                    random.shuffle(self._order[e, start : start + size])
-        self._used = np.zeros((num, k), dtype=np.int64)
+            draws = [self._draw(int(number))[rows] for number, rows in zip(self.numbers, self._order, strict=True)]
+            cluster = np.repeat(np.arange(self.table.num_clusters), self._sizes)
+            place = np.lexsort((np.stack(draws), np.tile(cluster, (num, 1))), axis=-1)
+            self._order = np.take_along_axis(self._order, place, axis=1)
+        self._used = np.zeros((num, self.table.num_clusters), dtype=np.int64)
         self._left = np.full(num, self.terms.budget, dtype=np.int64)
         self._begin = self._now = self.dynamics.reset(num)
         return self._observe()
@@ -215,17 +251,42 @@ class Episodes:
         Returns:
             Rewards, costs and what is seen next. Choosing a masked cluster is our own mistake (ValueError).
         """
+        return self.settle(self.dynamics.step(self.deal(actions)))
+
+    def deal(self, actions: Int[np.ndarray, " E"]) -> Int[np.ndarray, "E b"]:
+        """Take the next rows of the chosen clusters: the first half of :meth:`step`, for who trains on them elsewhere.
+
+        Args:
+            actions: as for :meth:`step`.
+
+        Returns:
+            Rows to train on, ``NO_ROW`` where there is none.
+        """
         mask = self._mask()
-        running = np.asarray(mask.any(axis=1))
+        self._running = np.asarray(mask.any(axis=1))
         episodes = np.arange(len(actions))
-        if not mask[episodes[running], actions[running]].all():
+        if not mask[episodes[self._running], actions[self._running]].all():
             raise ValueError("a cluster was chosen that has no row left within the budget")
-        actions = np.where(running, actions, 0)
-        rows = self._take(actions, running)
-        before, self._now = self._now, self.dynamics.step(rows)
-        reward = np.where(running, before.target - self._now.target, 0.0)
-        cost = np.where(running[:, None], self._now.protect - before.protect, 0.0)
-        return Step(self._observe(), reward, cost, rows)
+        self._dealt = self._take(np.where(self._running, actions, 0), self._running)
+        return self._dealt
+
+    def settle(self, losses: Losses) -> Step:
+        """See the losses after training on what was dealt: the second half of :meth:`step`.
+
+        Args:
+            losses: after it.
+
+        Returns:
+            As :meth:`step`.
+        """
+        before, self._now = self._now, losses
+        reward = np.where(self._running, before.target - losses.target, 0.0)
+        cost = np.where(self._running[:, None], losses.protect - before.protect, 0.0)
+        return Step(self._observe(), reward, cost, self._dealt)
+
+    def _draw(self, number: int) -> Float[np.ndarray, " N"]:
+        """The key of every row in one episode; rows of a cluster are taken by rising key."""
+        return self.stream.child(f"episode/{number}").numpy().random(len(self.table.price))
 
     def _take(self, actions: Int[np.ndarray, " E"], running: Bool[np.ndarray, " E"]) -> Int[np.ndarray, "E b"]:
         """The next rows of the chosen clusters, as many as the budget allows."""
@@ -272,7 +333,7 @@ class Policy(Protocol):
         """Prepare for episodes that were just reset.
 
         Args:
-            episodes: the process; only its table and terms may be read.
+            episodes: the process; only its table, its terms and the ``numbers`` of the running episodes may be read.
             stream: of this run's draws.
         """
         ...

@@ -181,5 +181,5 @@ def make_parts(
             do="give the run folder to --selection, or --replay PATH",
         )  # fmt: skip
     hook = make_hook(config.hook.name, config.hook.settings, model=model, sources=sources,
-                     pad_id=material.pad_id, seed=config.seed)  # fmt: skip
+                     pad_id=material.pad_id, seed=config.seed, replay=material.general)  # fmt: skip
     return tuple(penalties), hook

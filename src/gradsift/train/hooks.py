@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from gradsift.errors import ConfigError
+from gradsift.train.conflict_replay import ConflictReplayHook, ConflictReplaySettings, fix_replay
 from gradsift.train.hook_base import HookSettings, SurgeryHook
 from gradsift.train.hook_reference import BaseKL, fix_sources
 from gradsift.train.hook_rules import (
@@ -33,6 +34,7 @@ from gradsift.types import TokenRow
 
 _REGISTRY: dict[str, tuple[type[HookSettings], type[SurgeryHook]]] = {
     "agem": (AgemSettings, AgemHook),
+    "conflict_replay": (ConflictReplaySettings, ConflictReplayHook),
     "gem": (GemSettings, GemHook),
     "gpm": (GpmSettings, GpmHook),
     "ogd": (OgdSettings, OgdHook),
@@ -60,6 +62,7 @@ def make_hook(
     pad_id: int,
     seed: int,
     forbidden_ids: Collection[str] = (),
+    replay: Sequence[TokenRow] = (),
 ) -> SurgeryHook:
     """Build a step hook.
 
@@ -71,13 +74,14 @@ def make_hook(
         pad_id: padding token.
         seed: of the draws of reference rows and of PCGrad's orders.
         forbidden_ids: ids of the rows that evaluation uses; a reference row among them is refused.
+        replay: general rows that ``conflict_replay`` mixes in; the others do not read them.
 
     Returns:
         The hook.
 
     Raises:
         ConfigError: the name or a setting is unknown or has a wrong value, or there is no source.
-        DataError: a source has unusable rows or rows of the evaluation set.
+        DataError: a source has unusable rows or rows of the evaluation set, or replay rows are measured with.
     """
     if name not in _REGISTRY:
         raise ConfigError("there is no such step hook", where="hook", got=name, expected=", ".join(step_hooks()))
@@ -94,6 +98,9 @@ def make_hook(
     if isinstance(chosen, SafegradSettings):
         adapter = hasattr(model, "disable_adapter")
         return SafegradHook(name, chosen, fixed, BaseKL(None if adapter else _frozen(model)))
+    if isinstance(chosen, ConflictReplaySettings):
+        general = fix_replay(replay, chosen, sources=sources, forbidden_ids=forbidden_ids, pad_id=pad_id, seed=seed)
+        return ConflictReplayHook(name, chosen, fixed, general)
     # A rule that constrains every tensor is another method, and must not be reported under the name of the first.
     shown = f"{name}_per_tensor" if getattr(chosen, "granularity", "model") == "tensor" else name
     return _REGISTRY[name][1](shown, chosen, fixed)

@@ -18,7 +18,7 @@ from torch import nn
 from gradsift.data.batches import plan_shards
 from gradsift.geometry.anchors import split_half
 from gradsift.gradients.collect import Pass, measure_shard
-from gradsift.gradients.directions import BuiltDirection, attach, build_direction, gram
+from gradsift.gradients.directions import BuiltDirection, attach, build_direction, gram, sketch_directions
 from gradsift.gradients.embed import content_order, reorder
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
@@ -175,6 +175,7 @@ def rescore(
         anchors=facts[:num],
         target=facts[num] if target else None,
         gram=gram(built) if built else None,
+        direction_sketch=sketch_directions(built) if built and config.keep_sketch else None,
     )
     tokens = sum(r.num_tokens for r in rows) + sum(d.num_tokens for d in built)
     size = sum(p.numel() for p in model.parameters())

@@ -1,0 +1,344 @@
+"""From clusters and a navigator to a schedule: calibrate, train in the simulator, confirm on roll-outs, keep the best.
+
+Source: ogs.md 3.3 to 3.5 (the paper's abstract, arXiv 2602.06359, names a learned constrained policy and no more). Ours:
+trivial policies play under the same limits, all are confirmed on real roll-outs, and the learned one is returned only
+where it is the best of those that keep the limits; whether it beat them beyond noise is said in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gradsift.errors import ConfigError, InfeasibleError
+from gradsift.policy.accept import Bench, Settled, calibration_schedules, settle
+from gradsift.policy.bandits import EpsilonGreedy, Exp3, Thompson
+from gradsift.policy.calibration import Rollout
+from gradsift.policy.contest import LEARNED, Tried, best_of, compare_with, confirm, simulate
+from gradsift.policy.coordinates import Coordinates
+from gradsift.policy.episodes import Dynamics, Episodes, Policy, Table, Terms, play
+from gradsift.policy.lookahead import Lookahead
+from gradsift.policy.mixture import fit_mixture
+from gradsift.policy.multiplier import MultiplierConfig
+from gradsift.policy.plan import Effects
+from gradsift.policy.planned import DualPlan, PricedRounds, RecedingDual, TightenedDual
+from gradsift.policy.ppo_lagrangian import PPOConfig, Trained, from_arrays, to_arrays, train_policy
+from gradsift.policy.simple import Single, SizeProportional, Uniform
+from gradsift.policy.simulator import Simulator
+from gradsift.seeds import Stream
+
+MAX_DECISIONS = 10
+"""Decisions of an episode when nothing else is asked: each is followed by a measurement of every held-out set."""
+
+
+MIXTURE_ROUNDS = 3
+"""Plans from regressed effects, each fitted to the roll-outs of the one before as well."""
+
+CONFIRMED = ("uniform", "best_single", "ogs_dual_clusters", "ogs_dual_tightened", "ogs_dual_priced", LEARNED)
+
+
+class Learner(Protocol):
+    """The navigator, as far as a policy may know it."""
+
+    dynamics: Dynamics
+
+    def start(self, rows_per_decision: int) -> None:
+        """Prepare; called once, before anything else is asked.
+
+        Args:
+            rows_per_decision: rows of a full decision.
+        """
+        ...
+
+    def roll(self, rows: Int[np.ndarray, "T b"], name: str) -> Rollout:
+        """Train a fresh copy on a schedule and measure it after every decision.
+
+        Args:
+            rows: row numbers, ``NO_ROW`` where there is none.
+            name: what is played.
+
+        Returns:
+            The losses.
+        """
+        ...
+
+    def load(self, name: str) -> Mapping[str, np.ndarray] | None:
+        """Give back what :meth:`save` was handed under a name; None where there is nothing.
+
+        Args:
+            name: of the state.
+        """
+        ...
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a state of the training, so that a stopped run goes on from it.
+
+        Args:
+            name: of the state.
+            arrays: what it consists of.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """Settings.
+
+    Args:
+        allowed_rise: allowed rise of each source's loss over an episode, as a share of its loss at the start.
+        allowed_nats: the same in nats, for sources whose loss at the start is next to nothing; instead of the share.
+        rows_per_decision: rows that one decision trains on; None for a tenth of the budget.
+        on: ``simulator``, or ``navigator`` to train the policy on real roll-outs (many of them).
+        confirmed: policies that are played on the navigator, if they are there; the others are simulated only.
+        num_confirmed: real roll-outs of each of them; the first is the list that would be trained on.
+        num_simulated: simulated episodes of every policy.
+        infeasible: ``stop`` refuses limits that nothing keeps, ``least`` goes on with what breaks them least.
+        ppo: settings of the training.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+
+    allowed_rise: float = 0.01
+    allowed_nats: float | None = None
+    rows_per_decision: int | None = None
+    on: Literal["simulator", "navigator"] = "simulator"
+    confirmed: tuple[str, ...] = CONFIRMED
+    num_confirmed: int = 2
+    num_simulated: int = 16
+    infeasible: Literal["stop", "least"] = "stop"
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(multiplier=MultiplierConfig()))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.allowed_rise < np.inf:
+            raise ConfigError("the allowed rise is out of range", where="allowed_rise", got=self.allowed_rise,
+                              expected="above 0 and finite: a share of the loss at the start")  # fmt: skip
+        for name in ("num_confirmed", "num_simulated", "rows_per_decision"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError("a count is out of range", where=name, got=value, expected=">= 1")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What was decided, and how.
+
+    Args:
+        policy: whose list it is.
+        actions: int64 [T] clusters in order.
+        rows: int64 [T, b] row numbers, ``NO_ROW`` where there is none.
+        feasible: its real roll-outs keep every limit, within one standard error of their mean.
+        limits: float64 [M] allowed rises in nats.
+        start: float64 [M+1] losses at the starting weights, the target's last.
+        tried: every policy with its simulated and real figures.
+        settled: calibration and validation of the simulator.
+        trained: the learned policy, or None where none could be trained.
+        notes: what a report must say.
+    """
+
+    policy: str
+    actions: Int[np.ndarray, " T"]
+    rows: Int[np.ndarray, "T b"]
+    feasible: bool
+    limits: Float[np.ndarray, " M"]
+    start: Float[np.ndarray, " A"]
+    tried: tuple[Tried, ...]
+    settled: Settled
+    trained: Trained | None
+    notes: tuple[str, ...]
+
+
+def learn_schedule(
+    table: Table, budget: int, coordinates: Coordinates, learner: Learner, config: LearnConfig, stream: Stream
+) -> Schedule:
+    """Decide which cluster feeds each step.
+
+    Args:
+        table: the clusters.
+        budget: of an episode, in the unit of the table's prices.
+        coordinates: the pool in short vectors.
+        learner: the navigator.
+        config: settings.
+        stream: of every draw.
+
+    Returns:
+        The schedule of the best policy that keeps the limits on real roll-outs.
+
+    Raises:
+        InfeasibleError: nothing keeps the limits and ``infeasible`` is ``stop``.
+    """
+    rows = config.rows_per_decision or _rows_per_decision(table, budget)
+    learner.start(rows)
+    terms = Terms(rows, budget, np.ones(len(coordinates.sources)))
+    bench = Bench(table, terms, coordinates, None, stream.child("bench"))
+    first = calibration_schedules(bench)
+    start = learner.roll(first[0], "calibration 1").losses[0]
+    nats, share = config.allowed_nats, config.allowed_rise
+    limits = share * start[:-1] if nats is None else np.full(len(start) - 1, nats)
+    bench = replace(bench, terms=replace(terms, limits=limits))
+    made = _Planners(bench, learner, config, stream)
+    settled = settle(bench, made.roll, [made.dual, made.learned], first)
+    return _contest(bench, made, settled, start, config, stream)
+
+
+def _rows_per_decision(table: Table, budget: int) -> int:
+    """A tenth of the rows that the budget buys at the mean price."""
+    everyone = np.concatenate([np.array(some) for some in table.members])
+    return max(1, round(budget / float(table.price[everyone].mean()) / MAX_DECISIONS))
+
+
+class _Planners:
+    """Schedules that depend on the simulator's fit; the last learned policy and what went wrong are kept."""
+
+    def __init__(self, bench: Bench, learner: Learner, config: LearnConfig, stream: Stream) -> None:
+        self.bench, self.learner, self.config, self.stream = bench, learner, config, stream
+        self.trained: Trained | None = None
+        self.refused: InfeasibleError | None = None
+        self.number = 0
+        self.rolled: dict[bytes, Rollout] = {}
+
+    def roll(self, rows: Int[np.ndarray, "T b"]) -> Rollout:
+        self.number += 1
+        return self.roll_named(rows, f"calibration {self.number}")
+
+    def roll_named(self, rows: Int[np.ndarray, "T b"], name: str) -> Rollout:
+        done = self.learner.roll(rows, name)
+        self.rolled[rows.tobytes()] = done  # equal schedules are one roll-out
+        return done
+
+    def episodes(self, dynamics: Dynamics) -> Episodes:
+        return Episodes(self.bench.table, dynamics, self.bench.terms, self.stream.child("episodes"))
+
+    def dual(self, simulator: Simulator) -> Int[np.ndarray, "T b"]:
+        policy = DualPlan(effects_of(simulator, self.bench.table, self.bench.terms))
+        return play(self.episodes(simulator), policy, self.stream.child("dual"), shuffle=False).rows[0]
+
+    def learned(self, simulator: Simulator) -> Int[np.ndarray, "T b"]:
+        """Train in the simulator; where it finds nothing feasible, the linear program's plan stands in."""
+        self.train(simulator)
+        if self.trained is None:
+            return self.dual(simulator)
+        return play(self.episodes(simulator), self.trained.policy, self.stream.child("ppo"), shuffle=False).rows[0]
+
+    def train(self, dynamics: Dynamics, keep: str = "") -> None:
+        """Train anew, or from where a stopped run was; ``keep`` names the state on disk."""
+        kept = self.learner.load(keep) if keep else None
+        self.trained = self.refused = None
+        try:
+            self.trained = train_policy(
+                self.episodes(dynamics),
+                self.config.ppo,
+                self.stream.seed,
+                state=None if kept is None else from_arrays(kept),
+                on_epoch=(lambda state: self.learner.save(keep, to_arrays(state))) if keep else None,
+            )
+        except InfeasibleError as error:
+            self.refused = error
+
+
+def effects_of(simulator: Simulator, table: Table, terms: Terms) -> Effects:
+    """What one decision does at the starting weights, by the calibrated simulator.
+
+    Args:
+        simulator: calibrated.
+        table: the clusters.
+        terms: rows per decision.
+
+    Returns:
+        [K] gains and [K, M] harms in nats, each the mean over the consecutive batches of a cluster.
+    """
+    gain, harm = [], []
+    for some in table.members:
+        width = terms.rows_per_decision
+        count = max(1, len(some) // width)
+        batches = np.array(some[: count * width]).reshape(count, -1)
+        paths = simulator.run(batches[:, None])
+        change = (paths[:, 1] - paths[:, 0]).mean(axis=0)
+        gain.append(-change[-1])
+        harm.append(change[:-1])
+    return Effects(np.array(gain), np.stack(harm))
+
+
+def _contest(
+    bench: Bench, made: _Planners, settled: Settled, start: Float[np.ndarray, " A"], config: LearnConfig, stream: Stream
+) -> Schedule:
+    """Play every policy in the simulator and on the navigator, and keep the best that keeps the limits."""
+    simulator, notes = settled.simulator, [settled.sentence]
+    unbounded = replace_bound(simulator)
+    if config.on == "navigator":
+        made.train(made.learner.dynamics, keep="policy")
+    elif not settled.accepted:
+        made.trained = None
+    if made.refused is not None:
+        if config.infeasible == "stop" and (settled.accepted or config.on == "navigator"):
+            raise made.refused
+        notes.append(str(made.refused))
+    effects = effects_of(unbounded, bench.table, bench.terms)
+    policies = _policies(effects, unbounded, made, config)
+    episodes = made.episodes(unbounded)
+    tried = [simulate(episodes, p, stream.child("simulate"), config.num_simulated) for p in policies]
+    tried = [
+        confirm(one, made.roll_named, config.num_confirmed) if one.name in config.confirmed else one for one in tried
+    ]
+    tried += _regressed(bench, made, episodes, config, stream)
+    real = [one for one in tried if len(one.gain)]
+    best, feasible = best_of(real, bench.terms.limits)
+    if not feasible:
+        notes.append("no policy kept every limit on its real roll-outs; the one that broke them least is returned")
+    notes.append(compare_with(real, LEARNED, bench.terms.limits))
+    if made.trained is not None and made.trained.note:
+        notes.append(made.trained.note)
+    return Schedule(best.name, best.actions, best.rows, feasible, bench.terms.limits, start, tuple(tried), settled,
+                    made.trained, tuple(notes))  # fmt: skip
+
+
+def _regressed(bench: Bench, made: _Planners, episodes: Episodes, config: LearnConfig, stream: Stream) -> list[Tried]:
+    """Plans from effects that were regressed on all roll-outs so far; each plan's own roll-outs enter the next fit."""
+    out = []
+    for turn in range(MIXTURE_ROUNDS):
+        fit = fit_mixture(list(made.rolled.values()), bench.table, bench.terms.rows_per_decision)
+        plan = DualPlan(fit.effects)
+        plan.name = f"mixture_regression_{turn + 1}"
+        tried = simulate(episodes, plan, stream.child("simulate"), config.num_simulated)
+        out.append(confirm(tried, made.roll_named, config.num_confirmed))
+    return out
+
+
+def replace_bound(simulator: Simulator) -> Simulator:
+    """The simulator without its bound: for comparing schedules whose truth the navigator tells.
+
+    Args:
+        simulator: bounded by its validation.
+
+    Returns:
+        The same one for episodes of any length.
+    """
+    return Simulator(simulator.coordinates, simulator.coefficients, simulator.start, simulator.curvature)
+
+
+def _policies(effects: Effects, simulator: Simulator, made: _Planners, config: LearnConfig) -> Sequence[Policy]:
+    """Everything that plays; bandits learn over as many simulated episodes as one tenth of the training has."""
+    own = replace_bound(simulator)  # the tightened plan tries itself out while the other one is being played
+
+    def rises(policy: Policy) -> Float[np.ndarray, " M"]:
+        trace = play(made.episodes(own), policy, made.stream.child("tighten"), num=config.num_simulated)
+        return trace.rise.mean(axis=0)
+
+    def ahead() -> Lookahead:
+        return Lookahead(replace_bound(simulator), made.bench.terms.rows_per_decision)
+
+    best = Single(int(np.argmax(effects.gain)))
+    best.name = "best_single"
+    out: list[Any] = [Uniform(), SizeProportional(), best, DualPlan(effects), TightenedDual(effects, rises),
+                      RecedingDual(ahead()), PricedRounds(ahead())]  # fmt: skip
+    for bandit in (EpsilonGreedy(), Exp3(), Thompson()):
+        for turn in range(max(1, config.ppo.num_epochs // 10)):
+            play(made.episodes(simulator), bandit, made.stream.child(f"{bandit.name}/{turn}"),
+                 first=turn * config.ppo.num_episodes, num=config.ppo.num_episodes)  # fmt: skip
+        out.append(bandit)
+    if made.trained is not None:
+        out.append(made.trained.policy)
+    return out

@@ -1,0 +1,145 @@
+"""The learned policy as something that can be deployed: an actor with the prices it was kept with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gradsift.errors import SpecError
+from gradsift.policy.episodes import Episodes, Observation, Step
+from gradsift.policy.network import Shape, actor_logits, masked_log_softmax
+from gradsift.seeds import Stream
+
+
+def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Copy an array into memory of torch's own.
+
+    Numpy's memory starts at other multiples than torch's, and the last bit of a matrix product may depend on that; a
+    resumed run must not.
+
+    Args:
+        array: numbers.
+        dtype: of the tensor.
+
+    Returns:
+        The copy.
+    """
+    return torch.empty(array.shape, dtype=dtype).copy_(torch.from_numpy(np.ascontiguousarray(array)))
+
+
+def log_probabilities(
+    actor: torch.Tensor, shape: Shape, observation: Observation
+) -> tuple[Float[torch.Tensor, "E K"], Float[torch.Tensor, "E K F"], Float[torch.Tensor, "E G"]]:
+    """What the actor thinks of an observation.
+
+    Args:
+        actor: float32 [P] parameters.
+        shape: sizes.
+        observation: what is seen.
+
+    Returns:
+        Log-probabilities, and the two float32 inputs for later use; rows of ended episodes mean nothing.
+    """
+    clusters, common = tensor(observation.clusters), tensor(observation.common)
+    mask = tensor(observation.mask | observation.done[:, None], torch.bool)
+    with torch.inference_mode():
+        return masked_log_softmax(actor_logits(actor, shape, clusters, common), mask), clusters, common
+
+
+def sample(
+    log_probability: Float[np.ndarray, "E K"], mask: Bool[np.ndarray, "E K"], uniform: Float[np.ndarray, " E"]
+) -> Int[np.ndarray, " E"]:
+    """Draw one cluster per episode by inverting the distribution function.
+
+    Args:
+        log_probability: of each cluster.
+        mask: clusters that may be chosen.
+        uniform: one number in [0, 1) per episode.
+
+    Returns:
+        Cluster numbers, never a masked one where there is a choice.
+    """
+    share = np.where(mask, np.exp(log_probability.astype(np.float64)), 0.0)
+    reached = np.cumsum(share, axis=1)
+    return np.argmax(reached > (uniform * reached[:, -1])[:, None], axis=1)
+
+
+@dataclass
+class LearnedPolicy:
+    """A trained actor behind the interface of :class:`~gradsift.policy.episodes.Policy`.
+
+    Args:
+        actor: float32 [P] parameters.
+        shape: sizes of the networks.
+        prices: float64 [M] the multipliers the actor sees, whatever the process says.
+        greedy: take the likeliest cluster (smaller number at ties); else draw from the stream given to ``begin``.
+        name: for reports.
+    """
+
+    actor: Float[np.ndarray, " P"]
+    shape: Shape
+    prices: Float[np.ndarray, " M"]
+    greedy: bool = True
+    name: str = "ppo_lagrangian"
+    _weights: torch.Tensor = field(init=False, repr=False)
+    _random: np.random.Generator | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._weights = tensor(self.actor)
+
+    def begin(self, episodes: Episodes, stream: Stream) -> None:
+        """Prepare for episodes.
+
+        Args:
+            episodes: the process that was reset.
+            stream: of the draws when not greedy.
+
+        Raises:
+            SpecError: the process has another number of sources than the policy was trained for.
+        """
+        if len(episodes.terms.limits) != self.shape.sources:
+            raise SpecError("the policy was trained for another number of protected sources",
+                            got=len(episodes.terms.limits), expected=str(self.shape.sources), do="train it again")  # fmt: skip
+        self._random = None if self.greedy else stream.numpy()
+
+    def _logs(self, observation: Observation) -> Float[np.ndarray, "E K"]:
+        common = observation.common.copy()
+        common[:, common.shape[1] - self.shape.sources :] = self.prices / (1 + self.prices)
+        seen = Observation(observation.clusters, common, observation.mask)
+        return log_probabilities(self._weights, self.shape, seen)[0].numpy()
+
+    def probabilities(self, observation: Observation) -> Float[np.ndarray, "E K"]:
+        """How likely each cluster is when the policy samples.
+
+        Args:
+            observation: what is seen.
+
+        Returns:
+            float64, 0 where masked; rows of ended episodes are 0.
+        """
+        return np.where(observation.mask, np.exp(self._logs(observation).astype(np.float64)), 0.0)
+
+    def act(self, observation: Observation) -> Int[np.ndarray, " E"]:
+        """Choose clusters.
+
+        Args:
+            observation: what is seen.
+
+        Returns:
+            int64 [E].
+        """
+        logs = self._logs(observation)
+        if self._random is None:
+            return np.argmax(np.where(observation.mask, logs, -np.inf), axis=1)
+        return sample(logs, observation.mask, self._random.random(len(logs)))
+
+    def learn(self, actions: Int[np.ndarray, " E"], step: Step) -> None:
+        """Ignore it: the policy is finished.
+
+        Args:
+            actions: what was chosen.
+            step: what came of it.
+        """
