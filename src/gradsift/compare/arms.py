@@ -193,7 +193,7 @@ def measure(world: World, model: Any, lexical: Mapping[str, float] | None = None
         world.pool,
         world.anchors,
         world.target,
-        replace(rescoring(model, world.seed), embedding=True),
+        replace(rescoring(model, world.seed), embedding=True, keep_sketch=True),
         pad_id=world.pad_id,
         copy_of=world.copy_of,
         sources=world.sources,

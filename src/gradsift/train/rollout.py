@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class LoopDynamics:
         self.updates, self.rows_per_decision = updates, rows_per_decision
         self.sources = tuple(dev.protect)
         self.train_cost, self.dev_cost = Cost(), Cost()
+        self.tick: Callable[[], None] = lambda: None  # called after every decision; raises to stop
         self._start = self._leave()
         self._copies: list[_Place] = []
         self._at: int | None = None
@@ -137,6 +138,7 @@ class LoopDynamics:
                 self.loop.step([self.pool[i] for i in part])
             self.train_cost += _since(before, self.loop.cost)
             self._now[e] = self._measure()
+        self.tick()
         return Losses(np.array([one.target for one in self._now]),
                       np.array([one.protect for one in self._now], dtype=np.float64).reshape(len(self._now), -1))  # fmt: skip
 
