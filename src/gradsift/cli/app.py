@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradsift.cli import compare, demo, doctor, evaluate, inspect, methods, report, select, train, transfer
+from gradsift.cli import compare, demo, doctor, evaluate, inspect, methods, policy, report, select, train, transfer
 from gradsift.errors import GradsiftError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("doctor")(doctor.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)
 app.command("report")(report.command)
+app.add_typer(policy.app, name="policy")
 app.command("demo")(demo.command)
 
 

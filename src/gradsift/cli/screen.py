@@ -88,7 +88,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -77,6 +77,8 @@ def command(
     """Fine-tune a model on a selection; the same command resumes a stopped run.
 
     Example: gradsift train --selection run --model org/name --out run-train --set lr=1e-4 --set epochs=2
+
+    With --set online.policy=ogs_dual_priced (or another policy) rows are chosen from the run's whole pool while training.
     """
     flags: list[tuple[str, Any]] = [
         ("model", model),
@@ -150,19 +152,36 @@ def run(config: Any, selection: Path, out: Path | None, *, dry_run: bool = False
         if out is None:
             raise ConfigError("--out is missing", where="gradsift train", expected="a folder for the run",
                               do="--out run-train")  # fmt: skip
-        from gradsift.train.finetune import finetune
-
+        train = trainer_of(config)
         begun = []
 
         def begin(tokens: int) -> None:
             begun.append(tokens)
             screen.start("training", tokens)
 
-        trained = finetune(config, selection, out, command=shlex.join(words), tick=screen.advance, begin=begin)
+        trained = train(config, selection, out, command=shlex.join(words), tick=screen.advance, begin=begin)
         if begun:
             screen.finish("training")
     show(console, trained)
     return trained
+
+
+def trainer_of(config: Any) -> Any:
+    """Choose what trains: on a fixed list, or on rows that a policy chooses meanwhile.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        ``finetune`` or ``finetune_online``.
+    """
+    if config.online.policy is None:
+        from gradsift.train.finetune import finetune
+
+        return finetune
+    from gradsift.pipeline.online import finetune_online
+
+    return finetune_online
 
 
 def show_forecast(console: Console, config: Any, selection: Path) -> None:
@@ -175,7 +194,11 @@ def show_forecast(console: Console, config: Any, selection: Path) -> None:
     """
     from gradsift.cli.screen import table
     from gradsift.pipeline.estimate import REACHED, human_time, product_speed, weight_count
-    from gradsift.train.finetune import forecast
+
+    if config.online.policy is None:
+        from gradsift.train.finetune import forecast
+    else:
+        from gradsift.pipeline.online import forecast_online as forecast
 
     plan = forecast(config, selection)
     weights = weight_count(plan.folder)
@@ -221,5 +244,44 @@ def show(console: Console, trained: Any) -> None:
             f"masked {manifest['stm']['share']:.1%} of the trained tokens (perplexity above {manifest['stm']['tau']:.3g})"
         )
     console.print(safe("\n".join(lines)), style="bold", markup=False, highlight=False)
-    for path in (trained.model, trained.folder / "log.jsonl", trained.folder / "manifest.json"):
+    files = [trained.model, trained.folder / "log.jsonl", trained.folder / "manifest.json"]
+    if "online" in manifest:
+        files.append(trained.folder / "online.json")
+        show_decisions(console, manifest["online"], files[-1])
+    for path in files:
         console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_decisions(console: Console, online: dict[str, Any], path: Path) -> None:
+    """Print what a policy decided, what was measured after each decision, and whether the limits were kept.
+
+    Args:
+        console: where to print.
+        online: the manifest's section.
+        path: ``online.json``.
+    """
+    import json
+
+    from gradsift.cli.app import safe
+    from gradsift.cli.screen import table
+
+    found = json.loads(path.read_text("utf-8"))
+    headings = ("decision", "cluster", "rows", "target", *found["sources"])
+    out = table("Held-out losses after each decision", *headings, right=headings)
+
+    def losses(one: dict[str, Any]) -> list[str]:
+        return [f"{value:.4f}" for value in (one["target"], *one["protect"])]
+
+    out.add_row("start", "", "", *losses(found["start"]))
+    for number, one in enumerate(found["decisions"], start=1):
+        kind = " (general)" if one["general"] else ""
+        out.add_row(str(number), f"{one['cluster']}{kind}", str(len(one["rows"])), *losses(one))
+    console.print(out)
+    limits = online["limits"]["nats"]
+    rises = ", ".join(f"{name} {rise:+.4f} (limit {limits[name]:+.4f})" for name, rise in online["rise"].items())
+    verdict = "every limit was kept" if online["keeps"] else "a limit was broken"
+    budget, line = online["budget"], f"{online['policy']}: target {-online['gain']:+.4f} nats, {rises}; {verdict}"
+    line += f"\n{budget['spent']} of {budget['amount']} {budget['unit']} used; effects of clusters from {online['effects_from']}"
+    if online["num_rescored"]:
+        line += f"; clusters rescored {online['num_rescored']} times"
+    console.print(safe(line), markup=False, highlight=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from jaxtyping import Int
+from pydantic import Field
 
 from gradsift.compare.world import World
 from gradsift.errors import ConfigError
@@ -40,10 +41,10 @@ class RolloutSettings:
         dev_rows: at most so many of each.
     """
 
-    lr: float = 3e-4
-    updates: int = 4
-    dev_share: float = 0.5
-    dev_rows: int = 64
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    updates: Annotated[int, Field(ge=1)] = 4
+    dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    dev_rows: Annotated[int, Field(ge=2)] = 64
 
 
 @dataclass
@@ -173,6 +174,12 @@ def _split(
     draws = stream(seed, f"compare/dev/{name}").uniform([row.id for row in rows])
     order = [rows[k] for k in np.argsort(draws, kind="stable")]
     count = min(settings.dev_rows, round(settings.dev_share * len(order)))
+    if count < 2 or len(order) - count < 2:
+        raise ConfigError(
+            f"{name} has too few rows to hold some out", where="rollout.dev_share",
+            got=f"{len(order)} rows, of which {count} would be held out",
+            expected="at least 2 held out and 2 for the direction", do="give the world more rows of it",
+        )  # fmt: skip
     return tuple(order[count:]), tuple(order[:count])
 
 

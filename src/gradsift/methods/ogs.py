@@ -89,7 +89,7 @@ class Ogs:
             Limits that nothing keeps are refused (InfeasibleError) unless ``infeasible`` is ``least``.
         """
         from gradsift.policy.coordinates import make_coordinates, signals_of
-        from gradsift.policy.learn import learn_schedule
+        from gradsift.policy.learn import keep_learned, learn_schedule
         from gradsift.policy.report import describe_schedule
 
         require(problem, self)
@@ -104,6 +104,7 @@ class Ogs:
         size = amount.rows if amount.rows is not None else amount.tokens
         assert size is not None
         found = learn_schedule(table, size, coordinates, problem.learner, self._learning(), stream)
+        keep_learned(found, table, problem.learner)
         chosen = found.rows[found.rows != NO_ROW]
         short = size - int(table.price[chosen].sum())
         refuse_empty(problem, self, chosen, np.arange(problem.size))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from gradsift.errors import ConfigError
 from gradsift.manifest import make_folder, write_bytes_atomic
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
@@ -28,6 +28,8 @@ from gradsift.train.parts import Cost
 from gradsift.train.rollout import LoopDynamics, Rolled, RolloutStore
 from gradsift.types import TokenRow
 
+COST = "learner/cost"
+
 
 class NavigatorLearner:
     """:class:`gradsift.policy.learn.Learner` of a run.
@@ -38,25 +40,16 @@ class NavigatorLearner:
         rows: the eligible rows in id order; their places are the row numbers of schedules.
         out: the run folder.
         clock: timing and progress.
-
-    Raises:
-        ConfigError: the navigator's own weights would be trained in bfloat16.
     """
 
     def __init__(
         self, prepared: Prepared, measured: Measurement, rows: Sequence[TokenRow], out: Path, clock: Clock
     ) -> None:
-        recipe = prepared.recipe
-        if recipe.navigator.dtype == "bfloat16" and recipe.navigator.parameters != "lora":
-            raise ConfigError(
-                "roll-outs cannot train bfloat16 weights: rounding swallows their steps",
-                where="navigator.dtype", got="bfloat16 with navigator.parameters other than lora",
-                expected="float32, or an adapter", do="--set navigator.dtype=float32 or --set navigator.parameters=lora",
-            )  # fmt: skip
         self.prepared, self.measured, self.rows, self.out, self.clock = prepared, measured, tuple(rows), out, clock
         self.rolled: dict[bytes, Rolled] = {}
-        self._batch_rows = recipe.rollout.batch_size
+        self._batch_rows = prepared.recipe.rollout.batch_size
         self._width = 0
+        self._rolled_now = self._earlier = np.zeros((2, len(fields(Cost))))  # training, measuring
 
     def start(self, rows_per_decision: int) -> None:
         """Say how many rows a decision has, before the first roll-out.
@@ -78,9 +71,11 @@ class NavigatorLearner:
         target = sets.pop("target")
         dev = DevSets(target, sets, prepared.pad_id, recipe.collect.tokens_per_batch)
         updates = max(1, -(-self._width // self._batch_rows))
-        return LoopDynamics(
+        made = LoopDynamics(
             Loop(model, config, prepared.pad_id), self.rows, dev, rows_per_decision=self._width, updates=updates
         )
+        made.tick = lambda: self.clock.progress.advance(0, 0)  # a stop signal is noticed after every decision
+        return made
 
     @cached_property
     def _store(self) -> RolloutStore:
@@ -101,6 +96,7 @@ class NavigatorLearner:
             done = self._store.roll(rows, name)
         self.rolled[rows.tobytes()] = done
         if self._store.num_rolled > before:  # one that was read back cost nothing now
+            self._rolled_now = self._rolled_now + _numbers(done.train, done.dev)
             tokens = done.train.forward_tokens + done.dev.forward_tokens
             self.clock.tokens["roll"] = self.clock.tokens.get("roll", 0) + tokens
             self.clock.progress.say(f"roll-out {len(self.rolled)}, {_told(done.rollout, self.dynamics.sources)}")
@@ -120,7 +116,9 @@ class NavigatorLearner:
         if not path.is_file():
             return None
         with np.load(path, allow_pickle=False) as kept:
-            return {key: kept[key] for key in kept.files}
+            arrays = {key: kept[key] for key in kept.files}
+        self._earlier = arrays.pop(COST)
+        return arrays
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the state of a training, whole or not at all.
@@ -130,35 +128,53 @@ class NavigatorLearner:
             arrays: what it consists of.
         """
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+        np.savez(buffer, **arrays, **{COST: self._beside()})  # pyright: ignore[reportArgumentType]
         make_folder(self._place(name).parent)
         write_bytes_atomic(self._place(name), buffer.getvalue())
 
     def _place(self, name: str) -> Path:
         return self._store.records.folder / f"{name}.npz"
 
+    def _beside(self) -> Float[np.ndarray, "2 F"]:
+        """What training a policy on the navigator itself took, in a stopped run as well: no roll-out is kept of it."""
+        return self._earlier + _numbers(self.dynamics.train_cost, self.dynamics.dev_cost) - self._rolled_now
+
     def summary(self) -> dict[str, Any]:
-        """What the roll-outs took, those read back included.
+        """What the roll-outs took, those read back and a policy's training on the navigator included.
 
         Returns:
             The manifest's ``rollouts`` section.
         """
         runs = list(self.rolled.values())
-        train = sum((one.train for one in runs), Cost())
-        dev = sum((one.dev for one in runs), Cost())
+        beside = [_cost(line) for line in self._beside()]
+        train = sum((one.train for one in runs), beside[0])
+        dev = sum((one.dev for one in runs), beside[1])
         return {
+            "folder": f"rollouts/{self._store.records.folder.name}",
             "num_rollouts": len(runs),
             "num_steps": sum(len(one.rollout.rows) for one in runs),
             "train_tokens": train.forward_tokens,
             "dev_tokens": dev.forward_tokens,
+            "policy_tokens": sum(cost.forward_tokens for cost in beside),
             "flops": train.flops + dev.flops,
             "seconds": train.seconds + dev.seconds,
             "dev_rows": {source.name: len(source.tokens) for source in self.prepared.dev},
         }
 
 
+def _numbers(*costs: Cost) -> Float[np.ndarray, "n F"]:
+    return np.array([astuple(cost) for cost in costs], dtype=np.float64)
+
+
+def _cost(line: Float[np.ndarray, " F"]) -> Cost:
+    flops, forward, backward, seconds = line.tolist()
+    return Cost(flops, round(forward), round(backward), seconds)
+
+
 def _told(done: Rollout, sources: Sequence[str]) -> str:
     """What a roll-out did, in a line."""
     change = done.losses[-1] - done.losses[0]
-    parts = [f"{name} {value:+.3f}" for name, value in zip(("target", *sources), (change[-1], *change[:-1]), strict=True)]
+    parts = [
+        f"{name} {value:+.3f}" for name, value in zip(("target", *sources), (change[-1], *change[:-1]), strict=True)
+    ]
     return f"{done.name}: {done.seconds:.1f} s, {', '.join(parts)} nats"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -103,7 +103,7 @@ def check_needs(recipe: Recipe, method: Method) -> None:
         method: the rule that will choose.
 
     Raises:
-        ConfigError: something is missing; the flag that gives it is named.
+        ConfigError: something is missing, or the navigator's own weights would be trained in bfloat16; the flag is named.
     """
     needs = method.needs
     if needs.anchors and not recipe.anchors:
@@ -129,6 +129,14 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             got=", ".join(source.label for source in recipe.general),
             expected="a method that chooses general rows (ogs)",
             do="leave --general out, and mix replay in at training: gradsift train --replay",
+        )
+    if needs.rollouts and recipe.navigator.dtype == "bfloat16" and recipe.navigator.parameters != "lora":
+        raise ConfigError(
+            "roll-outs cannot train bfloat16 weights: rounding swallows their steps",
+            where="navigator.dtype",
+            got="bfloat16 with navigator.parameters other than lora",
+            expected="float32, or an adapter",
+            do="--set navigator.dtype=float32 or --set navigator.parameters=lora",
         )
     taken = {source.label for source in recipe.anchors} & {"target"}
     if taken:
@@ -193,7 +201,7 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
 def _with_dev(prepared: Prepared) -> Prepared:
     """Hold rows of every anchor and of the target out; what is left gives the directions."""
     config = prepared.recipe.rollout
-    kept, dev = [], []
+    held, dev = set(), []
     for source in prepared.directions:
         by_content = {content_hash(row.input_ids, row.trained): row for row in source.usable}
         draws = stream(prepared.recipe.seed, f"dev/{source.name}").uniform(tuple(by_content))
@@ -209,13 +217,27 @@ def _with_dev(prepared: Prepared) -> Prepared:
                 expected="at least 2 held out and 2 for the direction",
                 do="give more rows, or --set rollout.dev_share=0.5",
             )
-        held = {content_hash(row.input_ids, row.trained) for row in order[:count]}
+        held |= {content_hash(row.input_ids, row.trained) for row in order[:count]}
         dev.append(replace(source, tokens=tuple(sorted(order[:count], key=lambda row: row.id))))
-        rest = (row for row in source.tokens if content_hash(row.input_ids, row.trained) not in held)
-        kept.append(replace(source, tokens=tuple(rest)))
+    kept = [_without(source, held) for source in prepared.directions]  # sources may share rows
     target = kept[-1] if prepared.target is not None else None
     anchors = tuple(kept[: len(prepared.anchors)])
     return replace(prepared, anchors=anchors, target=target, dev=tuple(dev))
+
+
+def _without(source: Source, held: Set[str]) -> Source:
+    """The rows that give a direction: none whose content is held out, of this source or of another."""
+    rest = tuple(row for row in source.tokens if content_hash(row.input_ids, row.trained) not in held)
+    left = {content_hash(row.input_ids, row.trained) for row in rest if row.status.usable}
+    if len(left) < 2:
+        raise ConfigError(
+            f"{source.name} shares nearly all its rows with other sets",
+            where="--target" if source.role == "target" else f"--anchor {source.name}",
+            got=f"{len(left)} rows whose content is not held out",
+            expected="at least 2 for the direction",
+            do="give rows of its own",
+        )
+    return replace(source, tokens=rest)
 
 
 def _refuse_unusable(source: Source) -> None:

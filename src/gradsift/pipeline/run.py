@@ -93,8 +93,6 @@ def select(
         selection = dataclasses.replace(selection, notes=(*notes, *selection.notes))
     with clock.stage("write"):
         files, manifest = _write(prepared, (measured, probed), problem, selection, out, command, clock)
-        if selection.details is not None:
-            write_json_atomic(out / "selection" / "details.json", dict(selection.details))
     return Outcome(selection, out, files, manifest)
 
 
@@ -131,6 +129,12 @@ def _write(
     table = with_probes(audit_table(prepared, measured, selection), problem)
     write_audit(table, place / "audit.parquet")
     write_json_atomic(place / "examples.json", example_rows(prepared, measured, problem, selection))
+    details = ()
+    if selection.details is not None:  # before the manifest, which says that the run is finished
+        details = (place / "details.json",)
+        write_json_atomic(details[0], dict(selection.details))
+    else:
+        (place / "details.json").unlink(missing_ok=True)
     manifest = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -149,7 +153,8 @@ def _write(
     }
     write_bytes_atomic(place / "README.md", render_card(manifest).encode("utf-8"))
     write_json_atomic(out / "manifest.json", manifest)
-    return (*exported.paths, place / "audit.parquet", place / "README.md", out / "manifest.json"), manifest
+    files = (*exported.paths, place / "audit.parquet", *details, place / "README.md", out / "manifest.json")
+    return files, manifest
 
 
 def _inputs(prepared: Prepared) -> list[dict[str, Any]]:

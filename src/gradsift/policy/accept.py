@@ -70,11 +70,12 @@ class Settled:
     @property
     def cost(self) -> dict[str, float]:
         """Roll-outs, optimizer steps, trained tokens and seconds that went into it."""
+        played = {r.rows.tobytes(): r for r in self.rollouts}.values()  # equal schedules are one roll-out
         return {
-            "num_rollouts": len(self.rollouts),
-            "num_steps": sum(len(r.rows) for r in self.rollouts),
-            "num_tokens": sum(r.tokens for r in self.rollouts),
-            "seconds": sum(r.seconds for r in self.rollouts),
+            "num_rollouts": len(played),
+            "num_steps": sum(len(r.rows) for r in played),
+            "num_tokens": sum(r.tokens for r in played),
+            "seconds": sum(r.seconds for r in played),
         }
 
     @property

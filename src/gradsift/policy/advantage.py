@@ -9,25 +9,25 @@ SMALLEST_SPREAD = 1e-8
 
 
 def gae(
-    rewards: Float[np.ndarray, T * A],
-    values: Float[np.ndarray, T * A],
-    running: Bool[np.ndarray, "T ..."],
+    rewards: Float[np.ndarray, "T E A"],
+    values: Float[np.ndarray, "T E A"],
+    running: Bool[np.ndarray, "T E"],
     decay: float = 0.95,
     discount: float = 1.0,
-) -> Float[np.ndarray, T * A]:
+) -> Float[np.ndarray, "T E A"]:
     """Generalized advantage estimates (Schulman et al. 1506.02438, eq. 16) of episodes that end inside the arrays.
 
     Args:
         rewards: what each step brought; steps after an episode's end are not read.
         values: the critic's estimate before each step; the value of an ended episode is 0.
-        running: bool, the leading axes of ``rewards``; whether the episode was running before the step.
+        running: whether the episode was running before the step.
         decay: lambda, in [0, 1].
         discount: gamma, in (0, 1].
 
     Returns:
         As rewards; 0 after an episode's end.
     """
-    alive = running.reshape(running.shape + (1,) * (rewards.ndim - running.ndim))
+    alive = running[:, :, None]
     out = np.zeros(rewards.shape)
     later, value_later = np.zeros(rewards.shape[1:]), np.zeros(rewards.shape[1:])
     for t in range(len(rewards) - 1, -1, -1):

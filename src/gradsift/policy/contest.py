@@ -147,7 +147,7 @@ def compare_with(tried: Sequence[Tried], name: str, limits: Float[np.ndarray, " 
     low, high = _interval(difference)
     figure += f", 95% t interval [{low:+.4f}, {high:+.4f}]"
     if low > 0:
-        return f"the learned policy beat every other one: {figure}"
+        return f"the learned policy beat {rival.name}, the best of the others that keep the limits: {figure}{listed}"
     return f"no advantage of the learned policy over {rival.name} was measured: {figure}{listed}"
 
 

@@ -7,8 +7,9 @@ where it is the best of those that keep the limits; whether it beat them beyond 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from gradsift.policy.calibration import Rollout
 from gradsift.policy.contest import LEARNED, Tried, best_of, compare_with, confirm, simulate
 from gradsift.policy.coordinates import Coordinates
 from gradsift.policy.episodes import Dynamics, Episodes, Policy, Table, Terms, play
+from gradsift.policy.kept import KEPT, KeptPolicy, kept_to_arrays, table_key
 from gradsift.policy.lookahead import Lookahead
 from gradsift.policy.mixture import fit_mixture
 from gradsift.policy.multiplier import MultiplierConfig
@@ -29,11 +31,14 @@ from gradsift.policy.planned import DualPlan, PricedRounds, RecedingDual, Tighte
 from gradsift.policy.ppo_lagrangian import PPOConfig, Trained, from_arrays, to_arrays, train_policy
 from gradsift.policy.simple import Single, SizeProportional, Uniform
 from gradsift.policy.simulator import Simulator
-from gradsift.seeds import Stream
+from gradsift.seeds import Stream, key64
 
 MAX_DECISIONS = 10
 """Decisions of an episode when nothing else is asked: each is followed by a measurement of every held-out set."""
 
+
+MIN_MIXED = 3
+"""Different schedules below which no effects are regressed."""
 
 MIXTURE_ROUNDS = 3
 """Plans from regressed effects, each fitted to the roll-outs of the one before as well."""
@@ -67,10 +72,13 @@ class Learner(Protocol):
         ...
 
     def load(self, name: str) -> Mapping[str, np.ndarray] | None:
-        """Give back what :meth:`save` was handed under a name; None where there is nothing.
+        """Give back what :meth:`save` was handed under a name.
 
         Args:
             name: of the state.
+
+        Returns:
+            The arrays, or None where there is nothing.
         """
         ...
 
@@ -137,6 +145,7 @@ class Schedule:
         settled: calibration and validation of the simulator.
         trained: the learned policy, or None where none could be trained.
         notes: what a report must say.
+        effects: [K] and [K, M] effects of a decision, regressed on all roll-outs, or the simulator's where they are few.
     """
 
     policy: str
@@ -149,6 +158,7 @@ class Schedule:
     settled: Settled
     trained: Trained | None
     notes: tuple[str, ...]
+    effects: Effects
 
 
 def learn_schedule(
@@ -175,11 +185,13 @@ def learn_schedule(
     terms = Terms(rows, budget, np.ones(len(coordinates.sources)))
     bench = Bench(table, terms, coordinates, None, stream.child("bench"))
     first = calibration_schedules(bench)
-    start = learner.roll(first[0], "calibration 1").losses[0]
+    begun = learner.roll(first[0], "calibration 1")
+    start = begun.losses[0]
     nats, share = config.allowed_nats, config.allowed_rise
     limits = share * start[:-1] if nats is None else np.full(len(start) - 1, nats)
     bench = replace(bench, terms=replace(terms, limits=limits))
     made = _Planners(bench, learner, config, stream)
+    made.rolled[first[0].tobytes()] = begun
     settled = settle(bench, made.roll, [made.dual, made.learned], first)
     return _contest(bench, made, settled, start, config, stream)
 
@@ -205,9 +217,9 @@ class _Planners:
         return self.roll_named(rows, f"calibration {self.number}")
 
     def roll_named(self, rows: Int[np.ndarray, "T b"], name: str) -> Rollout:
-        done = self.learner.roll(rows, name)
-        self.rolled[rows.tobytes()] = done  # equal schedules are one roll-out
-        return done
+        if (key := rows.tobytes()) not in self.rolled:  # equal schedules are one roll-out
+            self.rolled[key] = self.learner.roll(rows, name)
+        return replace(self.rolled[key], name=name)
 
     def episodes(self, dynamics: Dynamics) -> Episodes:
         return Episodes(self.bench.table, dynamics, self.bench.terms, self.stream.child("episodes"))
@@ -268,43 +280,91 @@ def _contest(
     """Play every policy in the simulator and on the navigator, and keep the best that keeps the limits."""
     simulator, notes = settled.simulator, [settled.sentence]
     unbounded = replace_bound(simulator)
+    told = settled.accepted or config.on == "navigator"
     if config.on == "navigator":
-        made.train(made.learner.dynamics, keep="policy")
+        made.train(made.learner.dynamics, keep=_state_name(made))
     elif not settled.accepted:
         made.trained = None
     if made.refused is not None:
-        if config.infeasible == "stop" and (settled.accepted or config.on == "navigator"):
+        if config.infeasible == "stop" and told:
             raise made.refused
-        notes.append(str(made.refused))
+        source = "" if told else "in the simulator, which is not trusted: "
+        notes.append(f"{source}{made.refused.what}; {made.refused.got}")
     effects = effects_of(unbounded, bench.table, bench.terms)
     policies = _policies(effects, unbounded, made, config)
     episodes = made.episodes(unbounded)
-    tried = [simulate(episodes, p, stream.child("simulate"), config.num_simulated) for p in policies]
+    num = max(config.num_simulated, config.num_confirmed - 1)  # their orders of rows are those of the real roll-outs
+    tried = [simulate(episodes, p, stream.child("simulate"), num) for p in policies]
     tried = [
         confirm(one, made.roll_named, config.num_confirmed) if one.name in config.confirmed else one for one in tried
     ]
     tried += _regressed(bench, made, episodes, config, stream)
+    if len(made.rolled) < MIN_MIXED:
+        notes.append(f"only {len(made.rolled)} schedules differ, too few to regress effects on")
     real = [one for one in tried if len(one.gain)]
     best, feasible = best_of(real, bench.terms.limits)
     if not feasible:
+        if config.infeasible == "stop":
+            raise _nothing_keeps(real, best, bench.terms.limits, settled.simulator.sources)
         notes.append("no policy kept every limit on its real roll-outs; the one that broke them least is returned")
     notes.append(compare_with(real, LEARNED, bench.terms.limits))
     if made.trained is not None and made.trained.note:
         notes.append(made.trained.note)
+    if len(made.rolled) >= MIN_MIXED:  # told by real roll-outs, the last plans' own among them
+        effects = fit_mixture(list(made.rolled.values()), bench.table, bench.terms.rows_per_decision).effects
     return Schedule(best.name, best.actions, best.rows, feasible, bench.terms.limits, start, tuple(tried), settled,
-                    made.trained, tuple(notes))  # fmt: skip
+                    made.trained, tuple(notes), effects)  # fmt: skip
+
+
+def keep_learned(found: Schedule, table: Table, learner: Learner) -> None:
+    """Let the learner keep what online selection needs later: effects of the clusters, and the learned policy.
+
+    Args:
+        found: the outcome.
+        table: its clusters.
+        learner: who keeps it, under the name ``policy.kept.KEPT``.
+    """
+    policy = None if found.trained is None else found.trained.policy
+    kept = KeptPolicy(table_key(table), found.rows.shape[1], found.effects, policy)
+    learner.save(KEPT, kept_to_arrays(kept))
 
 
 def _regressed(bench: Bench, made: _Planners, episodes: Episodes, config: LearnConfig, stream: Stream) -> list[Tried]:
     """Plans from effects that were regressed on all roll-outs so far; each plan's own roll-outs enter the next fit."""
     out = []
-    for turn in range(MIXTURE_ROUNDS):
+    for turn in range(MIXTURE_ROUNDS if len(made.rolled) >= MIN_MIXED else 0):
         fit = fit_mixture(list(made.rolled.values()), bench.table, bench.terms.rows_per_decision)
         plan = DualPlan(fit.effects)
         plan.name = f"mixture_regression_{turn + 1}"
-        tried = simulate(episodes, plan, stream.child("simulate"), config.num_simulated)
+        tried = simulate(episodes, plan, stream.child("simulate"), max(config.num_simulated, config.num_confirmed - 1))
         out.append(confirm(tried, made.roll_named, config.num_confirmed))
     return out
+
+
+def _nothing_keeps(
+    real: Sequence[Tried], best: Tried, limits: Float[np.ndarray, " M"], sources: Sequence[str]
+) -> InfeasibleError:
+    """Say how close real roll-outs came."""
+    smallest = np.min([one.rise.mean(axis=0) for one in real], axis=0)
+    reached = ", ".join(f"{n} {s:.4g} (limit {e:.4g})" for n, s, e in zip(sources, smallest, limits, strict=True))
+    return InfeasibleError(
+        "no policy kept every limit on its real roll-outs",
+        where=f"{len(real)} policies; {best.name} broke them least, by {best.excess(limits):.0%} of a limit",
+        got=f"smallest mean rise reached in nats, each source by itself: {reached}",
+        expected="every source within its limit plus one standard error",
+        do="allow a larger rise, choose a smaller budget, add general rows for replay, or set infeasible=least",
+    )
+
+
+def _state_name(made: _Planners) -> str:
+    """Name the state of a training by all that it depends on beside the navigator: another one is another training."""
+    table, terms = made.bench.table, made.bench.terms
+    fields = {
+        "members": table.members, "price": table.price.tolist(), "features": table.features.tolist(),
+        "rows_per_decision": terms.rows_per_decision, "budget": terms.budget, "limits": terms.limits.tolist(),
+        "stream": [made.stream.seed, made.stream.name], "ppo": asdict(made.config.ppo),
+    }  # fmt: skip
+    return f"policy-{key64(json.dumps(fields, sort_keys=True)):016x}"
 
 
 def replace_bound(simulator: Simulator) -> Simulator:

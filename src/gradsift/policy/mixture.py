@@ -57,7 +57,7 @@ def fit_mixture(rollouts: Sequence[Rollout], table: Table, rows_per_decision: in
     """
     if len(rollouts) < 3:
         raise ValueError("a mixture is fitted to at least 3 roll-outs")
-    cluster = np.full(sum(map(len, table.members)), -1)
+    cluster = np.full(len(table.price), -1)
     for k, some in enumerate(table.members):
         cluster[list(some)] = k
     counts = np.stack(

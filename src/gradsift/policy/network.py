@@ -49,7 +49,7 @@ class Shape:
 
 
 def tanh(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """tanh(x) as 2 sigmoid(2x) - 1, within 2e-7: torch's float32 tanh takes 5 times as long on a processor (measured).
+    """Hyperbolic tangent as 2 sigmoid(2x) - 1, within 4e-7: torch's own takes 5 times as long in float32 (measured).
 
     Args:
         x: any numbers.

@@ -1,4 +1,4 @@
-"""PPO-Lagrangian for choosing clusters: probe, train, judge every epoch by its greedy episode, keep the best feasible.
+"""PPO-Lagrangian for choosing clusters: probe, train, judge every epoch by the episodes it would deploy, keep the best feasible.
 
 Sources: arXiv 2602.06359 names the learner; the equations are those of Schulman et al. 1707.06347 with the multiplier of
 Ray et al. 2019 in omnisafe's form (ogs.md 2.11, 3.4). Network, probe, PI multiplier and the choice of the policy are ours.
@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from gradsift.errors import ConfigError, InfeasibleError
+from gradsift.errors import BudgetError, ConfigError, InfeasibleError, NumericsError
 from gradsift.policy.advantage import lagrangian_advantage
+from gradsift.policy.descent import Descent
 from gradsift.policy.episodes import Episodes, Observation, Step, play
-from gradsift.policy.learned import LearnedPolicy
+from gradsift.policy.learned import LearnedPolicy, deal
 from gradsift.policy.multiplier import start_multiplier, update_multiplier, violation
 from gradsift.policy.network import Shape, start_actor, start_critic
 from gradsift.policy.ppo_state import (
@@ -27,7 +28,7 @@ from gradsift.policy.ppo_state import (
     from_arrays,
     to_arrays,
 )
-from gradsift.policy.ppo_update import Descent, PPOConfig, collect, improve_actor, improve_critic
+from gradsift.policy.ppo_update import PPOConfig, collect, improve_actor, improve_critic
 from gradsift.seeds import Stream, stream
 
 __all__ = ["LearnedPolicy", "PPOConfig", "TrainState", "Trained", "from_arrays", "to_arrays", "train_policy"]
@@ -41,8 +42,8 @@ class Trained:
     """A policy and how it came about.
 
     Args:
-        policy: the best feasible greedy policy; the one that broke the limits least when none was feasible.
-        feasible: whether it kept every limit in its greedy episode.
+        policy: the best feasible policy, greedy or dealt; the one that broke the limits least when none was feasible.
+        feasible: whether it kept every limit in its episode.
         gain: fall of the target loss over that episode, in nats.
         rise: float64 [M] rises of the sources' losses over it.
         state: where the training stopped, with its history and the probe.
@@ -140,6 +141,8 @@ def train_policy(
         InfeasibleError: neither single clusters, nor uniform draws, nor a policy trained for low costs alone keep the
             limits; the smallest rises reached are named.
         ConfigError: there is nothing to protect, or a limit is 0.
+        BudgetError: the budget does not reach for one row.
+        NumericsError: a reward, a cost or a gradient is not finite.
         SpecError: the state was made with other settings.
     """
     limits = episodes.terms.limits
@@ -171,6 +174,12 @@ def _start(episodes: Episodes, config: PPOConfig, seed: int, base: Stream) -> Tr
     episodes.multipliers = np.zeros(len(limits))
     trace = play(episodes, _Prober(), base.child("probe"), num=episodes.table.num_clusters + 1)
     gain, rise = trace.gain, trace.rise
+    if not trace.actions.size:
+        raise BudgetError("the budget of an episode does not reach for a single row", got=episodes.terms.budget,
+                          where="terms.budget", do="allow more rows or tokens")  # fmt: skip
+    if not (np.isfinite(gain).all() and np.isfinite(rise).all()):
+        raise NumericsError("a reward or cost is not finite", where="probe episodes",
+                            do="check the simulator's step, or the navigator's learning rate")  # fmt: skip
     scale = np.maximum(
         np.abs(np.column_stack([gain, rise])).max(axis=0), np.concatenate([[1e-6], 1e-3 * np.abs(limits)])
     )
@@ -188,7 +197,7 @@ def _descent(weights: Float[np.ndarray, " P"]) -> Descent:
 
 
 def _cost_only(episodes: Episodes, state: TrainState, draws: Stream) -> TrainState:
-    """Train for low costs alone, sources weighted by Hedge on their violations, until one greedy episode fits."""
+    """Train for low costs alone, sources weighted by Hedge on their violations, until one episode fits."""
     limits, config, probe = episodes.terms.limits, state.config, state.probe
     smallest, actor, critic, regret = probe.smallest, state.actor, state.critic, np.zeros(len(limits))
     for epoch in range(config.cost_epochs):
@@ -204,7 +213,8 @@ def _cost_only(episodes: Episodes, state: TrainState, draws: Stream) -> TrainSta
             actor, state.shape, batch, advantage, config, (config.lr, keyed.child("order").numpy())
         )
         critic = improve_critic(critic, state.shape, batch, config)
-        kept, _ = _judge(episodes, state.shape, actor, np.zeros(len(limits)), 0)
+        greedy, dealt, _ = _judge(episodes, state.shape, actor, np.zeros(len(limits)), 0)
+        kept = better(dealt, greedy, limits)
         smallest = np.minimum(smallest, np.minimum(batch.rise.min(axis=0), kept.rise))
         if kept.feasible or keeps(batch.rise, limits).any():
             probe = replace(probe, fits=True, num_cost_epochs=epoch + 1, smallest=smallest)
@@ -220,15 +230,36 @@ def _cost_only(episodes: Episodes, state: TrainState, draws: Stream) -> TrainSta
     )
 
 
+class _Deployed:
+    """One forward pass for two episodes of a policy: the first greedy, the second dealt."""
+
+    name = "deployed"
+
+    def __init__(self, policy: LearnedPolicy) -> None:
+        self.policy, self.owed = policy, np.zeros((1, 0))
+
+    def begin(self, episodes: Episodes, stream: Stream) -> None:
+        self.owed = np.zeros((1, episodes.table.num_clusters))
+
+    def act(self, observation: Observation) -> Int[np.ndarray, " E"]:
+        share = self.policy.probabilities(observation)
+        return np.concatenate([np.argmax(share[:1], axis=1), deal(self.owed, share[1:], observation.mask[1:])])
+
+    def learn(self, actions: Int[np.ndarray, " E"], step: Step) -> None:
+        pass
+
+
 def _judge(
     episodes: Episodes, shape: Shape, actor: Descent, prices: Float[np.ndarray, " M"], epoch: int
-) -> tuple[Kept, int]:
-    """Play the greedy episode in the order of the table, which is how the policy is deployed."""
+) -> tuple[Kept, Kept, int]:
+    """Play the greedy and the dealt episode in the order of the table, which is how a policy is deployed."""
     policy = LearnedPolicy(actor.weights, shape, prices)
-    trace = play(episodes, policy, Stream(0, "policy/greedy"), shuffle=False)
-    rise = trace.rise[0]
-    kept = Kept(actor.weights, prices, float(trace.gain[0]), rise, bool(keeps(rise, episodes.terms.limits)), epoch)
-    return kept, int((trace.actions >= 0).sum())
+    trace = play(episodes, _Deployed(policy), Stream(0, "policy/deployed"), num=2, shuffle=False)
+    fits = keeps(trace.rise, episodes.terms.limits)
+    greedy, dealt = (
+        Kept(actor.weights, prices, bool(e), float(trace.gain[e]), trace.rise[e], bool(fits[e]), epoch) for e in (0, 1)
+    )
+    return greedy, dealt, int((trace.actions >= 0).sum())
 
 
 def _epoch(episodes: Episodes, state: TrainState, draws: Stream) -> TrainState:
@@ -245,14 +276,14 @@ def _epoch(episodes: Episodes, state: TrainState, draws: Stream) -> TrainState:
     how = (config.lr_in(state.epoch), draws.child("order").numpy())
     actor, kl = improve_actor(state.actor, shape, batch, advantage, config, how)
     critic = improve_critic(state.critic, shape, batch, config)
-    kept, greedy_decisions = _judge(episodes, shape, actor, multiplier.price, done)
+    greedy, dealt, deployed = _judge(episodes, shape, actor, multiplier.price, done)
     history = state.history.add(
-        gain=batch.gain.mean(), rise=rise, price=multiplier.price, kl=kl, greedy_gain=kept.gain,
-        greedy_rise=kept.rise, decisions=len(batch.advantage) + greedy_decisions,
+        gain=batch.gain.mean(), rise=rise, price=multiplier.price, kl=kl, greedy_gain=greedy.gain,
+        greedy_rise=greedy.rise, dealt_gain=dealt.gain, dealt_rise=dealt.rise,
+        decisions=len(batch.advantage) + deployed,
     )  # fmt: skip
-    return replace(
-        state, actor=actor, critic=critic, multiplier=multiplier, best=better(kept, state.best, limits), history=history
-    )
+    best = better(dealt, better(greedy, state.best, limits), limits)
+    return replace(state, actor=actor, critic=critic, multiplier=multiplier, best=best, history=history)
 
 
 def _finish(episodes: Episodes, state: TrainState) -> Trained:
@@ -265,6 +296,6 @@ def _finish(episodes: Episodes, state: TrainState) -> Trained:
             f"{name} {value:.4g} nats (limit {limit:.4g})"
             for name, value, limit in zip(episodes.dynamics.sources, best.rise, limits, strict=True)
         )
-        note = f"no epoch's greedy policy kept the limits; the least violating one is returned: {over}"
-    policy = LearnedPolicy(best.actor, state.shape, best.prices)
+        note = f"no epoch's policy kept the limits, greedy or dealt; the least violating one is returned: {over}"
+    policy = LearnedPolicy(best.actor, state.shape, best.prices, "deal" if best.dealt else "greedy")
     return Trained(policy, best.feasible, best.gain, best.rise, state, int(state.history.decisions.sum()), note)

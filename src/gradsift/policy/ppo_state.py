@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from gradsift.errors import SpecError, StoreError
-from gradsift.policy.multiplier import MultiplierState
+from gradsift.policy.descent import Descent
+from gradsift.policy.multiplier import MultiplierConfig, MultiplierState
 from gradsift.policy.network import Shape
-from gradsift.policy.ppo_update import Descent, PPOConfig
+from gradsift.policy.ppo_update import PPOConfig
 
+T = TypeVar("T")
 DUALS = ("pi", "paper")
 
 
@@ -38,12 +40,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Kept:
-    """A greedy policy worth keeping.
+    """A policy worth keeping, as it was deployed: greedy or dealt.
 
     Args:
         actor: float32 [P].
         prices: float64 [M] what it saw.
-        gain: fall of the target loss over its greedy episode, in nats.
+        dealt: whether its mode is ``deal``; else ``greedy``.
+        gain: fall of the target loss over its one episode, in nats.
         rise: float64 [M] rises of the sources' losses.
         feasible: whether every limit was kept.
         epoch: after which it stood; 0 for the cost-only policy.
@@ -51,6 +54,7 @@ class Kept:
 
     actor: Float[np.ndarray, " P"]
     prices: Float[np.ndarray, " M"]
+    dealt: bool
     gain: float
     rise: Float[np.ndarray, " M"]
     feasible: bool
@@ -68,7 +72,9 @@ class History:
         kl: float64 [n] divergence of the epoch's update, in nats.
         greedy_gain: float64 [n] of the greedy episode after the epoch.
         greedy_rise: float64 [n, M] of the greedy episode.
-        decisions: int64 [n] decisions played in the epoch, greedy ones included.
+        dealt_gain: float64 [n] of the dealt episode after the epoch.
+        dealt_rise: float64 [n, M] of the dealt episode.
+        decisions: int64 [n] decisions played in the epoch, those of both deployed episodes included.
     """
 
     gain: Float[np.ndarray, " n"]
@@ -77,6 +83,8 @@ class History:
     kl: Float[np.ndarray, " n"]
     greedy_gain: Float[np.ndarray, " n"]
     greedy_rise: Float[np.ndarray, "n M"]
+    dealt_gain: Float[np.ndarray, " n"]
+    dealt_rise: Float[np.ndarray, "n M"]
     decisions: np.ndarray
 
     def add(self, **row: Any) -> History:
@@ -101,7 +109,7 @@ def empty_history(num_sources: int) -> History:
         A history of length 0.
     """
     one, many = np.zeros(0), np.zeros((0, num_sources))
-    return History(one, many, many, one, one, many, np.zeros(0, dtype=np.int64))
+    return History(one, many, many, one, one, many, one, many, np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -138,15 +146,7 @@ class TrainState:
         return len(self.history.gain)
 
 
-_PARTS: dict[str, type] = {
-    "shape": Shape,
-    "actor": Descent,
-    "critic": Descent,
-    "multiplier": MultiplierState,
-    "probe": Probe,
-    "best": Kept,
-    "history": History,
-}
+PARTS = ("shape", "actor", "critic", "multiplier", "probe", "best", "history")
 
 
 def _flat(config: PPOConfig) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def to_arrays(state: TrainState) -> dict[str, np.ndarray]:
     out = {"seed": np.array(state.seed), "scale": state.scale.copy()}
     for name, value in _flat(state.config).items():
         out[f"config/{name}"] = np.array(DUALS.index(value) if name == "multiplier.dual" else value)
-    for part in _PARTS:
+    for part in PARTS:
         value = getattr(state, part)
         if value is not None:
             out |= {f"{part}/{f.name}": np.array(getattr(value, f.name)) for f in fields(value)}
@@ -186,25 +186,25 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> TrainState:
         StoreError: an array is missing.
     """
     try:
-        parts = {
-            part: kind(**{f.name: _value(arrays[f"{part}/{f.name}"]) for f in fields(kind)})
-            for part, kind in _PARTS.items()
-            if part != "best" or "best/actor" in arrays
-        }
-        prefix, settings = "config/multiplier.", {}
-        for f in fields(PPOConfig):
-            if f.name != "multiplier":
-                settings[f.name] = _value(arrays[f"config/{f.name}"])
-        default = PPOConfig().multiplier
-        dual = {f.name: _value(arrays[prefix + f.name]) for f in fields(default)}
-        dual["dual"] = DUALS[dual["dual"]]
-        config = PPOConfig(**settings, multiplier=replace(default, **dual))
+        best = _read(Kept, "best", arrays) if "best/actor" in arrays else None
         return TrainState(
-            seed=int(arrays["seed"]), config=config, scale=np.array(arrays["scale"]), **({"best": None} | parts)
-        )
+            int(arrays["seed"]), _config(arrays), _read(Shape, "shape", arrays), _read(Descent, "actor", arrays),
+            _read(Descent, "critic", arrays), _read(MultiplierState, "multiplier", arrays), np.array(arrays["scale"]),
+            _read(Probe, "probe", arrays), best, _read(History, "history", arrays),
+        )  # fmt: skip
     except KeyError as missing:
         raise StoreError("the checkpoint of the policy's training is incomplete", where=str(missing),
                          do="delete it; the epochs before it are done again") from missing  # fmt: skip
+
+
+def _read(kind: type[T], part: str, arrays: Mapping[str, np.ndarray]) -> T:
+    return kind(**{f.name: _value(arrays[f"{part}/{f.name}"]) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _config(arrays: Mapping[str, np.ndarray]) -> PPOConfig:
+    settings = {f.name: _value(arrays[f"config/{f.name}"]) for f in fields(PPOConfig) if f.name != "multiplier"}
+    dual = {f.name: _value(arrays[f"config/multiplier.{f.name}"]) for f in fields(MultiplierConfig)}
+    return PPOConfig(**settings, multiplier=MultiplierConfig(**dual | {"dual": DUALS[dual["dual"]]}))
 
 
 def _value(array: np.ndarray) -> Any:

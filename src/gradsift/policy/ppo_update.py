@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError, NumericsError
 from gradsift.policy.advantage import gae
+from gradsift.policy.descent import Descent, Runner
 from gradsift.policy.episodes import Episodes
-from gradsift.policy.learned import log_probabilities, sample, tensor
+from gradsift.policy.learned import draw, log_probabilities, tensor
 from gradsift.policy.multiplier import MultiplierConfig
 from gradsift.policy.network import Shape, actor_logits, critic_values, masked_log_softmax, pool
 
@@ -59,7 +60,7 @@ class PPOConfig:
     critic_lr: float = 3e-3
     largest_gradient: float = 1.0
     hidden: int = 64
-    multiplier: MultiplierConfig = MultiplierConfig()
+    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
 
     def __post_init__(self) -> None:
         least = {"num_epochs": 1, "num_episodes": 2, "cost_epochs": 1, "num_passes": 1, "num_minibatches": 1,
@@ -87,23 +88,6 @@ class PPOConfig:
         """
         done = min(epoch / max(self.num_epochs - 1, 1), 1.0)
         return self.lr * self.last_lr**done
-
-
-@dataclass(frozen=True)
-class Descent:
-    """A parameter vector under Adam (Kingma and Ba 1412.6980).
-
-    Args:
-        weights: float32 [P].
-        first: float32 [P] first moment.
-        second: float32 [P] second moment.
-        num_steps: steps taken.
-    """
-
-    weights: Float[np.ndarray, " P"]
-    first: Float[np.ndarray, " P"]
-    second: Float[np.ndarray, " P"]
-    num_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,41 +143,35 @@ def collect(
     Raises:
         NumericsError: a reward or cost is not finite.
     """
-    seen, actor, critic = episodes.reset(*numbers), tensor(weights[0]), tensor(weights[1])
-    masks, logs, clusters, common, actions, outcomes = [], [], [], [], [], []
+    seen, actor, record = episodes.reset(*numbers), tensor(weights[0]), []
     while not seen.done.all():
-        log, of_cluster, of_common = log_probabilities(actor, shape, seen)
-        chosen = sample(log.numpy(), seen.mask, random.random(numbers[1]))
+        log, clusters, common = log_probabilities(actor, shape, seen)
+        share = np.where(seen.mask, np.exp(log.numpy().astype(np.float64)), 0.0)
+        chosen = draw(share, random.random(numbers[1]))
         step = episodes.step(chosen)
-        for store, item in zip((masks, logs, clusters, common, actions, outcomes),
-                               (seen.mask, log, of_cluster, of_common, chosen,
-                                np.column_stack([step.reward, step.cost])), strict=True):  # fmt: skip
-            store.append(item)
+        outcome = np.column_stack([step.reward, step.cost])
+        if not np.isfinite(outcome).all():
+            raise NumericsError("a reward or cost is not finite", where=f"episodes from number {numbers[0]}",
+                                do="check the simulator's step, or the navigator's learning rate")  # fmt: skip
+        record.append((seen.mask, chosen, outcome, log, clusters, common))
         seen = step.observation
-    outcome = np.stack(outcomes)
-    if not np.isfinite(outcome).all():
-        raise NumericsError("a reward or cost is not finite", where=f"episodes from number {numbers[0]}",
-                            do="check the simulator's step, or the navigator's learning rate")  # fmt: skip
-    mask = np.stack(masks)
-    running, keep = mask.any(axis=2), tensor(mask.any(axis=2).ravel(), torch.bool)
-    rows, whole = torch.stack(clusters).flatten(0, 1)[keep].clone(), torch.stack(common).flatten(0, 1)[keep].clone()
+    mask, actions, outcomes = (np.stack(part) for part in list(zip(*record, strict=True))[:3])
+    logs, clusters, common = (torch.stack(part).flatten(0, 1) for part in list(zip(*record, strict=True))[3:])
     with torch.no_grad():
-        value = critic_values(
-            critic, shape, pool(torch.stack(clusters).flatten(0, 1), torch.stack(common).flatten(0, 1))
-        )
-    values = value.numpy().reshape(outcome.shape)
-    advantage = gae(outcome / scale, values, running, decay)
-    flat = running.ravel()
+        values = critic_values(tensor(weights[1]), shape, pool(clusters, common)).numpy().reshape(outcomes.shape)
+    running = np.asarray(mask.any(axis=2))
+    advantage = gae(outcomes / scale, values, running, decay)
+    keep = tensor(running.ravel(), torch.bool)
     return Batch(
-        rows,
-        whole,
-        tensor(mask.reshape(-1, mask.shape[2])[flat], torch.bool),
-        tensor(np.concatenate(actions)[flat], torch.int64),
-        torch.stack(logs).flatten(0, 1)[keep].clone(),
-        advantage.reshape(-1, len(scale))[flat],
-        (advantage + values).reshape(-1, len(scale))[flat],
-        outcome[:, :, 0].sum(axis=0),
-        outcome[:, :, 1:].sum(axis=0),
+        clusters[keep],
+        common[keep],
+        tensor(mask[running], torch.bool),
+        tensor(actions[running], torch.int64),
+        logs[keep],
+        advantage[running],
+        (advantage + values)[running],
+        outcomes[:, :, 0].sum(axis=0),
+        outcomes[:, :, 1:].sum(axis=0),
     )
 
 
@@ -209,49 +187,6 @@ def clipped_objective(ratio: Float[Tensor, " B"], advantage: Float[Tensor, " B"]
         The objective of each step, to be ascended.
     """
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-
-
-def adam_step(weights: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], num_steps: int, lr: float) -> None:
-    """One step downhill, in place (Adam, betas 0.9 and 0.999).
-
-    Args:
-        weights: float32 [P].
-        gradient: float32 [P].
-        moments: first and second, float32 [P].
-        num_steps: this step's number, from 1.
-        lr: step size.
-    """
-    first, second = moments
-    first.lerp_(gradient, 0.1)
-    second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-    scale = second.sqrt().div_((1 - 0.999**num_steps) ** 0.5).add_(1e-8)
-    weights.addcdiv_(first, scale, value=-lr / (1 - 0.9**num_steps))
-
-
-class _Runner:
-    """A parameter vector on its way through several steps."""
-
-    def __init__(self, start: Descent) -> None:
-        self.weights = tensor(start.weights).requires_grad_()
-        self.moments = (tensor(start.first), tensor(start.second))
-        self.num_steps = start.num_steps
-
-    def descend(self, loss: Tensor, lr: float, largest: float, where: str) -> None:
-        (gradient,) = torch.autograd.grad(loss, self.weights)
-        norm = float(gradient.norm())
-        if not np.isfinite(norm):
-            raise NumericsError("the gradient of a network is not finite", where=where, got=norm,
-                                do="lower the learning rate")  # fmt: skip
-        self.num_steps += 1
-        with torch.no_grad():
-            gradient = gradient * min(1.0, largest / (norm + 1e-12))
-            adam_step(self.weights, gradient, self.moments, self.num_steps, lr)
-
-    def stop(self) -> Descent:
-        first, second = self.moments
-        return Descent(
-            self.weights.detach().numpy().copy(), first.numpy().copy(), second.numpy().copy(), self.num_steps
-        )
 
 
 def improve_actor(
@@ -275,7 +210,7 @@ def improve_actor(
     Returns:
         The actor, and its exact mean KL divergence from the collecting policy on the last minibatch seen, in nats.
     """
-    runner, ascend, moved, (lr, order) = _Runner(start), tensor(advantage), 0.0, draws
+    runner, ascend, moved, (lr, order) = Runner(start), tensor(advantage), 0.0, draws
     for _ in range(config.num_passes):
         shuffled = tensor(order.permutation(len(advantage)), torch.int64)
         for part in shuffled.tensor_split(min(config.num_minibatches, len(advantage))):
@@ -305,7 +240,7 @@ def improve_critic(start: Descent, shape: Shape, batch: Batch, config: PPOConfig
     Returns:
         The critics.
     """
-    runner, wanted, pooled = _Runner(start), tensor(batch.returns), pool(batch.clusters, batch.common)
+    runner, wanted, pooled = Runner(start), tensor(batch.returns), pool(batch.clusters, batch.common)
     for _ in range(config.critic_steps):
         error = (critic_values(runner.weights, shape, pooled) - wanted).square().mean(0).sum()
         runner.descend(error, config.critic_lr, config.largest_gradient, "critics")

@@ -36,6 +36,7 @@ def describe_schedule(found: Schedule, table: Table) -> dict[str, Any]:
             "greedy_rise": {name: _list(history.greedy_rise[:, m]) for m, name in enumerate(sources)},
             "num_decisions": int(trained.num_decisions),
             "feasible": bool(trained.feasible),
+            "epoch": int(trained.state.best.epoch) if trained.state.best else 0,
         }
     return {
         "policy": found.policy,
@@ -54,7 +55,7 @@ def describe_schedule(found: Schedule, table: Table) -> dict[str, Any]:
             {"cluster": int(k), "rows": int((line != NO_ROW).sum())}
             for k, line in zip(found.actions, found.rows, strict=True)
         ],
-        "contest": [_tried(one, found) for one in found.tried],
+        "contest": [_tried(one, found, table.num_clusters) for one in found.tried],
         "training": training,
         "simulator": {
             "accepted": bool(settled.accepted),
@@ -66,7 +67,7 @@ def describe_schedule(found: Schedule, table: Table) -> dict[str, Any]:
     }
 
 
-def _tried(one: Tried, found: Schedule) -> dict[str, Any]:
+def _tried(one: Tried, found: Schedule, num_clusters: int) -> dict[str, Any]:
     sources = found.settled.simulator.sources
     real = len(one.gain) > 0
     return {
@@ -76,7 +77,7 @@ def _tried(one: Tried, found: Schedule) -> dict[str, Any]:
         "gain": _list(one.gain),
         "rise": {name: _list(one.rise[:, m]) for m, name in enumerate(sources)},
         "keeps": one.keeps(found.limits) if real else None,
-        "counts": [int(n) for n in np.bincount(one.actions, minlength=int(found.actions.max(initial=0)) + 1)],
+        "counts": [int(n) for n in np.bincount(one.actions, minlength=num_clusters)],
     }
 
 

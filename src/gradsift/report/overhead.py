@@ -140,7 +140,7 @@ def _select_parts(manifest: Mapping[str, Any], given: Mapping[str, Mapping[str, 
         parts.append(Part(name, _sum(spent), _sum(tokens.get(stage) for stage in stages)))
     if rolled:
         sent = rolled["train_tokens"] + rolled["dev_tokens"]
-        parts.append(Part("rollouts", seconds.pop("roll", rolled["seconds"]), sent, rolled["flops"]))
+        parts.append(Part("rollouts", max(seconds.pop("roll", 0.0), rolled["seconds"]), sent, rolled["flops"]))
         known = _sum(given.get(name, {}).get("seconds") for name in TOGETHER) or 0.0
         # What the caller timed apart is not billed twice.
         parts.append(Part("deciding", max(0.0, seconds.pop("select", 0.0) - known), 0))

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gradsift.manifest import write_bytes_atomic
-from gradsift.report import figures, view, words
+from gradsift.report import figures, policy_charts, policy_view, policy_words, view, words
 from gradsift.report.fields import Manifest, Shown
 from gradsift.report.run import Run, read_run
 from gradsift.report.svg import require_charts
@@ -84,6 +84,7 @@ def render_html(run: Run, *, redact: bool = False) -> str:
         redact=redact,
         shown_ids=SHOWN_IDS,
         reads=_reading(run.manifest),
+        policy=_policy(run),
     )
 
 
@@ -98,6 +99,26 @@ def _figures(run: Run) -> dict[str, Any]:
         "sets": figures.sets(run.manifest),
         "seconds": figures.stage_seconds(run.manifest),
     }
+
+
+def _policy(run: Run) -> dict[str, Any] | None:
+    """What the section on the policy shows; None where no policy chose."""
+    found = run.details
+    if found is None:
+        return None
+    on = run.manifest.selection.config.get("on", "simulator")
+    return {
+        "sentences": (policy_words.simulator_words(found), *policy_words.other_notes(found)),
+        "learning": policy_words.training_words(found, on),
+        "headline": policy_words.headline(found),
+        "colors": policy_charts.colors(found),
+        "contest": policy_charts.contest(found),
+        "training": policy_charts.training(found),
+        "mix": policy_charts.mix(found),
+        "limits": policy_view.limits_grid(found),
+        "tried": policy_view.contest_grids(found, wide=True),
+        "clusters": policy_view.clusters_grids(found, wide=True),
+    }  # fmt: skip
 
 
 def _reading(manifest: Manifest) -> dict[str, float | None]:
@@ -143,7 +164,7 @@ def _environment() -> Environment:
         words.moment,
     )
     env.filters |= {function.__name__: function for function in named}
-    env.filters |= {"plain": _plain, "picture": Markup}
+    env.filters |= {"plain": _plain, "picture": Markup, "sentence": words.sentence}
     return env
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gradsift.errors import ConfigError, StoreError
 from gradsift.report.fields import Manifest, Shown, damaged, parse_manifest
+from gradsift.report.policy_fields import METHOD, Details, parse_details
 from gradsift.types import RowStatus
 
 if TYPE_CHECKING:
@@ -62,12 +63,14 @@ class Run:
         manifest: what happened.
         audit: every row.
         examples: the rows shown in full; None when the file is absent.
+        details: what the method ``ogs`` tells of its policy; None for other methods, or when the file is absent.
     """
 
     path: Path
     manifest: Manifest
     audit: Audit
     examples: tuple[Shown, ...] | None
+    details: Details | None = None
 
 
 def read_run(path: Path) -> Run:
@@ -86,13 +89,7 @@ def read_run(path: Path) -> Run:
     files = {name: path / name for name in ("manifest.json", "selection/audit.parquet", "selection/examples.json")}
     for name in ("manifest.json", "selection/audit.parquet"):
         if not files[name].is_file():
-            raise ConfigError(
-                "there is no finished run in this folder",
-                where=str(path),
-                got=f"no {name}",
-                expected="a folder that gradsift select has finished",
-                do="run the select command again: it resumes and finishes",
-            )
+            raise _unfinished(path, name)
     manifest = parse_manifest(_read_json(files["manifest.json"]), str(files["manifest.json"]))
     examples = None
     if files["selection/examples.json"].is_file():
@@ -101,7 +98,43 @@ def read_run(path: Path) -> Run:
             examples = TypeAdapter(tuple[Shown, ...]).validate_python(_read_json(where))
         except ValidationError as error:
             raise damaged(str(where), error) from None
-    return Run(path, manifest, read_audit(files["selection/audit.parquet"]), examples)
+    audit = read_audit(files["selection/audit.parquet"])
+    return Run(path, manifest, audit, examples, _details(path, manifest.selection.method))
+
+
+def _details(path: Path, method: str) -> Details | None:
+    """Read what the method tells; an earlier run of another method may have left a file in the folder."""
+    where = path / "selection/details.json"
+    return parse_details(_read_json(where), str(where)) if method == METHOD and where.is_file() else None
+
+
+def read_policy(path: Path) -> tuple[dict[str, Any], Details]:
+    """Read what a run of ``ogs`` tells of its policy.
+
+    Args:
+        path: the run folder.
+
+    Returns:
+        The manifest as it was written, and the details.
+
+    Raises:
+        ConfigError: there is no finished run, or its method is another one.
+        StoreError: a file is absent or damaged.
+    """
+    if not (path / "manifest.json").is_file():
+        raise _unfinished(path, "manifest.json")
+    values = _read_json(path / "manifest.json")
+    method = parse_manifest(values, str(path / "manifest.json")).selection.method
+    if method != METHOD:
+        raise ConfigError(
+            "this run has no policy", where=str(path), got=f"a selection by {method}",
+            expected=f"a run folder of gradsift select --method {METHOD}", do="gradsift report shows what other methods did",
+        )  # fmt: skip
+    found = _details(path, method)
+    if found is None:
+        raise StoreError("the details of this run are gone", where=str(path / "selection/details.json"),
+                         got="no such file", do="run the select command again: it reads the roll-outs back")  # fmt: skip
+    return values, found
 
 
 def read_audit(path: Path) -> Audit:
@@ -152,3 +185,13 @@ def _read_json(path: Path) -> Any:
         raise StoreError(
             "a file of the run is not JSON", where=str(path), got=str(error)[:300], do="run the select command again"
         ) from None
+
+
+def _unfinished(path: Path, name: str) -> ConfigError:
+    return ConfigError(
+        "there is no finished run in this folder",
+        where=str(path),
+        got=f"no {name}",
+        expected="a folder that gradsift select has finished",
+        do="run the select command again: it resumes and finishes",
+    )

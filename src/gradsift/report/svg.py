@@ -50,7 +50,8 @@ def render_svg(chart: alt.LayerChart) -> str:
 
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     svg = vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=version, allowed_base_urls=[])
-    svg = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", svg)
+    # Coordinates only: what an axis says keeps its digits.
+    svg = re.sub(r'="[^"]*"', lambda part: re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", part[0]), svg)
     check_svg(svg)
     return svg
 

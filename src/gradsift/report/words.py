@@ -221,6 +221,19 @@ def plural(value: int | None, one: str, many: str = "") -> str:
     return f"{count(value)} {one if value == 1 else many or one + 's'}"
 
 
+def sentence(text: str) -> str:
+    """Make a sentence of a note: a capital at the start, a full stop at the end.
+
+    Args:
+        text: a note as the terminal shows it.
+
+    Returns:
+        The same with both; a text that ends a sentence already keeps its end.
+    """
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) or not text else ".")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of an example's text.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gradsift.recipe import DataConfig, LoraConfig, Strict
 from gradsift.train.loop import LoopConfig
@@ -108,6 +108,45 @@ class ReplayConfig(Strict):
     unit: Literal["rows", "tokens"] = "rows"
 
 
+PolicyName = Literal[
+    "uniform", "size_proportional", "ogs_dual_clusters", "ogs_dual_priced", "epsilon_greedy", "exp3", "thompson",
+    "ppo_lagrangian",
+]  # fmt: skip
+
+
+class OnlineSection(Strict):
+    """Rows that are chosen while the model trains, from the whole pool of a finished run of ``gradsift select``.
+
+    Args:
+        policy: who decides which cluster of rows feeds the next steps; None trains on the selected rows, a fixed list.
+        updates: optimizer steps per decision; the held-out losses are measured after each decision.
+        rescore_every: optimizer steps after which the clusters' statistics are measured anew; 0 for never.
+        rescore_with: the ``model`` in training measures them, or the run's ``navigator`` (on the rows that are left).
+        shuffle: draw the order of rows within each cluster by the seed; else that of the run's own draw.
+        allowed_rise: allowed rise of each protected source's held-out loss, as a share of its loss at the start; None
+            takes the run's, or 0.01.
+        allowed_nats: the same in nats, instead of the share; None takes the run's.
+    """
+
+    policy: PolicyName | None = None
+    updates: int = Field(default=1, ge=1)
+    rescore_every: int = Field(default=0, ge=0)
+    rescore_with: Literal["model", "navigator"] = "model"
+    shuffle: bool = False
+    allowed_rise: float | None = Field(default=None, gt=0)
+    allowed_nats: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OnlineSection:
+        if self.policy is None and (odd := sorted(self.model_fields_set - {"policy"})):
+            raise ValueError(f"online.{odd[0]} needs a policy: online.policy=NAME")
+        if self.rescore_with == "navigator" and not self.rescore_every:
+            raise ValueError("rescore_with needs an interval: online.rescore_every=20")
+        if self.allowed_rise is not None and self.allowed_nats is not None:
+            raise ValueError("give online.allowed_rise or online.allowed_nats, not both")
+        return self
+
+
 class TrainConfig(Strict):
     """Everything that determines a fine-tuning run, apart from the rows.
 
@@ -140,6 +179,7 @@ class TrainConfig(Strict):
         wise_ft: alpha of theta0 + alpha (theta - theta0), applied after training (arXiv 2109.01903); 1 changes nothing.
         stm: token masking.
         hook: gradient surgery.
+        online: a policy that chooses the rows during training.
         seed: seed of the data order, the adapter's start, dropout and every draw.
         save_steps: steps between checkpoints; 0 for none.
         save_moments: keep Adam's moments beside the result.
@@ -172,6 +212,7 @@ class TrainConfig(Strict):
     wise_ft: float = Field(default=1.0, ge=0.0, le=1.0)
     stm: StmConfig = StmConfig()
     hook: HookConfig = HookConfig()
+    online: OnlineSection = OnlineSection()
     seed: int = Field(default=42, ge=0, lt=2**63)
     save_steps: int = Field(default=100, ge=0)
     save_moments: bool = False
@@ -185,6 +226,14 @@ class TrainConfig(Strict):
         if asks and not self.general:
             raise ValueError(f"{', '.join(asks)} needs general rows: name their files in general (--replay PATH)")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the online section out where it decides nothing, so that keys of runs on fixed lists stay what they were."""
+        out = handler(self)
+        if self.online.policy is None:
+            out.pop("online", None)
+        return out
 
     @property
     def num_epochs(self) -> float | None:

@@ -120,13 +120,11 @@ def publish(
 
 def _log(trainer: SelectionTrainer) -> bytes:
     """One line per optimizer step: loss, loss with penalties, learning rate, rows and trained tokens."""
-    from gradsift.train.loop import schedule_factor
-
     lines = []
     for at, ids in enumerate(trainer.data.plan.steps):
         rows = [trainer.data.rows[i] for i in ids]
         line = {"step": at, "loss": trainer.losses[at], "total": trainer.totals[at],
-                "lr": trainer.schedule.lr * schedule_factor(trainer.schedule, at), "num_rows": len(rows),
+                "lr": trainer.schedule.lr * trainer._rate_factor(at), "num_rows": len(rows),
                 "num_tokens": sum(r.num_tokens for r in rows), "num_trained": sum(r.num_trained for r in rows)}  # fmt: skip
         lines.append(canonical_json(line) + "\n")
     return "".join(lines).encode("ascii")

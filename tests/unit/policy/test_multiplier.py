@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.errors import ConfigError, NumericsError
@@ -30,6 +30,7 @@ def test_first_adam_step_is_the_published_one():
     assert run(PAPER, [0.5], 1.0)[1] == [0.0]
 
 
+@settings(deadline=None)
 @given(costs, limits)
 def test_signs(cost, limit):
     over = cost - limit
@@ -43,6 +44,7 @@ def test_signs(cost, limit):
         assert violation(np.array([cost]), np.array([limit]))[0] == over / abs(limit)
 
 
+@settings(deadline=None)
 @given(st.lists(costs, min_size=1, max_size=40), limits, st.sampled_from([PAPER, PI]))
 def test_prices_stay_between_zero_and_cap_whatever_comes(trace, limit, config):
     state, prices = run(config, trace, limit)
@@ -51,12 +53,14 @@ def test_prices_stay_between_zero_and_cap_whatever_comes(trace, limit, config):
     assert state.num_steps == len(trace)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(0.1, 100), st.sampled_from([PAPER, PI]))
 def test_the_unit_of_costs_does_not_matter(trace, unit, config):
     plain = run(config, trace, 1.0)[1]
     np.testing.assert_allclose(run(config, [c * unit for c in trace], unit)[1], plain, rtol=1e-6, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(costs, costs), min_size=1, max_size=20), limits, limits, st.sampled_from([PAPER, PI]))
 def test_sources_do_not_disturb_each_other(trace, first, second, config):
     state = start_multiplier(2, config)
@@ -98,7 +102,15 @@ def test_a_cost_that_is_no_number_is_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dual": "sgd"}, {"cap": 0.0}, {"start": -1.0}, {"lr": 0.0}, {"integral": 0.0}, {"smoothing": 1.0}, {"proportional": -1.0}],
+    [
+        {"dual": "sgd"},
+        {"cap": 0.0},
+        {"start": -1.0},
+        {"lr": 0.0},
+        {"integral": 0.0},
+        {"smoothing": 1.0},
+        {"proportional": -1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError):

@@ -445,9 +445,7 @@ def test_without_a_hook_training_is_plain() -> None:
             for _ in range(5):
                 b = make_batch(rows, PAD, torch.device("cpu"))
                 logits = model(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False).logits
-                loss = weighted_loss(
-                    token_nats(logits, b.labels), b.weights, trained_weight(b.labels, b.weights)
-                )
+                loss = weighted_loss(token_nats(logits, b.labels), b.weights, trained_weight(b.labels, b.weights))
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
