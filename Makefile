@@ -12,7 +12,7 @@ help:
 	@echo "make test    install into .venv, fetch, run the fast suite offline"
 	@echo "make check   ruff, pyright, import-linter, pydoclint"
 	@echo "make bench   the speed table beside bergson and dattri-llm"
-	@echo "make trials  the scientific trials T8 to T13 and T17 at full size (about 25 minutes)"
+	@echo "make trials  the scientific trials T8 to T13, T16 and T17 at full size (about 30 minutes)"
 	@echo "make claim   the claim in the arithmetic world, cell by cell, from what is there"
 	@echo "make compare every arm in the arithmetic world"
 	@echo "make placebo 40 placebo runs of the decision rule"
@@ -57,7 +57,7 @@ bench: $(VENV)/.dev
 
 # Slow studies: cells of at most a few minutes, each leaving one small file; the same command goes on from what is there.
 trials: $(VENV)/.dev
-	for t in t08_lds t09_groups t10_conflict t11_duplicates t12_label_noise t13_length t17_stability; do \
+	for t in t08_lds t09_groups t10_conflict t11_duplicates t12_label_noise t13_length t16_policy t17_stability; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trials/$$t.py --out docs/results/trials/$${t%%_*}.json || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/trials
 

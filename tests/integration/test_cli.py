@@ -71,7 +71,7 @@ def test_dry_run_spends_nothing(tmp_path, navigator, capsys):
     ("change", "code", "words"),
     [
         (["--method", "nosuch"], 2, "gradsift methods"),
-        (["--method", "ogs"], 2, "ogs_dual"),
+        (["--general", "general.jsonl"], 2, "does not decide about replay"),
         (["--budget", "ten"], 2, "20000tok"),
         (["--budget", "100000"], 2, "at most 24 rows"),
         (["--set", "kappa"], 2, "KEY=VALUE"),

@@ -213,7 +213,7 @@ def test_missing_anchor_or_target_is_refused_before_a_model_loads(tmp_path, navi
         select(files["pool"], method="conflict", budget=2, out=tmp_path / "r", navigator=navigator)
     with pytest.raises(ConfigError, match="--target PATH"):
         select(files["pool"], method="bm25", budget=2, out=tmp_path / "r", navigator=navigator)
-    with pytest.raises(ConfigError, match="not built yet"):
+    with pytest.raises(ConfigError, match="--anchor NAME=PATH"):
         select(files["pool"], method="ogs", budget=2, out=tmp_path / "r", navigator=navigator)
 
 
