@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from scipy.optimize import linprog
 
+from gradsift.manifest import git_sha, write_json_atomic
 from gradsift.policy.episodes import Episodes, Losses, Observation, Table, Terms
 from gradsift.policy.learned import LearnedPolicy
 from gradsift.policy.ppo_lagrangian import PPOConfig, TrainState, train_policy
@@ -216,6 +216,14 @@ def run(name: str, seed: int, config: PPOConfig, window: int) -> dict[str, Any]:
     }
 
 
+def write(path: Path, results: list[dict[str, Any]]) -> None:
+    """Keep what has been measured so far."""
+    asked = "share of the best and of the linear program >= 0.95, cost mean within 5% of the limit, sd <= 2% of it (pi)"
+    settings = {"asked": asked, "epochs": EPOCHS, "window": WINDOW, "last_lr": LAST_LR}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, settings | {"commit": git_sha(Path(__file__).resolve().parents[1]), "runs": results})
+
+
 def main() -> int:
     """Print one line per run; a missed figure is a result and does not fail the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,7 +235,7 @@ def main() -> int:
     results = []
     print("process   dual   seed  share of best  of LP  cost mean/limit  cost sd/limit  price  met")
     duals: tuple[Literal["pi", "paper"], ...] = ("pi", "paper")
-    for name, dual, seed in itertools.product(PROCESSES, duals, range(options.first, options.first + options.seeds)):
+    for dual, name, seed in itertools.product(duals, PROCESSES, range(options.first, options.first + options.seeds)):
         config = PPOConfig(num_epochs=EPOCHS, last_lr=LAST_LR)
         config = replace(config, multiplier=replace(config.multiplier, dual=dual))
         got = run(name, seed, config, WINDOW)
@@ -235,15 +243,8 @@ def main() -> int:
         print(f"{name:9s} {dual:6s} {seed:4d}  {got['share_of_best']:13.3f}  {got['share_of_linear_program'] or np.nan:5.3f}  {got['cost_mean_over_limit']:15.3f}  "
               f"{got['cost_sd_over_limit']:13.4f}  {got['price']:5.2f}  {got['met']}  ({got['cpu_seconds']:.0f} s)",
               flush=True)  # fmt: skip
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        asked = "share >= 0.95, cost mean within 5% of the limit, sd <= 2% of it (pi)"
-        options.json.write_text(
-            json.dumps(
-                {"asked": asked, "epochs": EPOCHS, "window": WINDOW, "last_lr": LAST_LR, "runs": results}, indent=1
-            )
-            + "\n"
-        )
+        if options.json:
+            write(options.json, results)
     return 0
 
 

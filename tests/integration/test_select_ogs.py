@@ -22,6 +22,8 @@ from gradsift.pipeline.run import select
 from gradsift.recipe import build_recipe
 from gradsift.store.spec import content_hash
 
+pytestmark = pytest.mark.timeout(600)  # seconds of a clock, on a machine that may be busy
+
 POLICY = {
     "num_epochs": 2, "num_episodes": 4, "num_confirmed": 1, "num_clusters": 4, "rows_per_decision": 15,
     "allowed_nats": 1.0, "infeasible": "least",
@@ -169,7 +171,6 @@ def test_the_same_command_reads_the_roll_outs_back(clean, navigator):
     assert read(out, "manifest.json")["rollouts"] == counted
 
 
-@pytest.mark.xfail(reason="gradients.directions.gram adds up in another order where directions are read back")
 def test_the_same_command_gives_the_same_details_to_the_last_bit(clean, navigator):
     files, out, *_ = clean
     select(recipe(files, navigator), out)
@@ -255,7 +256,9 @@ def test_what_two_sets_share_is_on_one_side(navigator, tmp_path):
     held = {content_hash(row.input_ids, row.trained) for source in prepared.dev for row in source.tokens}
     left = {content_hash(row.input_ids, row.trained) for source in prepared.directions for row in source.tokens}
     assert not held & left
-    files["math"], files["twin"] = (write_jsonl(tmp_path / name, some_rows(5, 1, answer="four")) for name in ("m", "t"))
+    files["math"], files["twin"] = (
+        write_jsonl(tmp_path / name, some_rows(5, 1, answer="four")) for name in ("m.jsonl", "t.jsonl")
+    )
     made = recipe(files, navigator, anchors=("math", "twin"), rollout={"dev_share": 0.6})  # two of five must agree
     method = make_method("ogs", POLICY)
     with pytest.raises(ConfigError, match="shares nearly all"):

@@ -142,9 +142,10 @@ def gram(directions: Sequence[BuiltDirection]) -> Float[np.ndarray, "K K"]:
     """
     k = len(directions)
     out = np.eye(k)
+    names = sorted(directions[0].matrices) if directions else []  # read back, they stand in another order
     for i in range(k):
         for j in range(i):
-            pairs = ((directions[i].matrices[n], directions[j].matrices[n]) for n in directions[i].matrices)
+            pairs = ((directions[i].matrices[n], directions[j].matrices[n]) for n in names)
             out[i, j] = out[j, i] = sum(float((a.double() * b.double()).sum()) for a, b in pairs)
     return out
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from gradsift.seeds import Stream
 
+# Bounded logits leave every cluster a chance of at least exp(-7) of the likeliest: a policy that has become sure of
+# itself while the price was low must still see what the others cost when the price has risen (measured: it did not).
+LARGEST_LOGIT = 3.5
 MASKED = -1e30  # finite, so that 0 * log(0) is 0 and gradients stay numbers
 
 
@@ -140,13 +143,13 @@ def actor_logits(
         common: features of the whole.
 
     Returns:
-        Logits before masking.
+        Logits before masking, within +-LARGEST_LOGIT.
     """
     of_cluster, of_common, bias, second, bias_2, last = unpack(flat, shape.actor)
     whole = torch.addmm(bias, common, of_common)
     hidden = tanh(clusters @ of_cluster + whole[:, None, :])
     hidden = tanh(torch.addmm(bias_2, hidden.flatten(0, 1), second))
-    return (hidden @ last).view(clusters.shape[:2])
+    return LARGEST_LOGIT * tanh((hidden @ last).view(clusters.shape[:2]) / LARGEST_LOGIT)
 
 
 def masked_log_softmax(logits: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:

@@ -93,7 +93,7 @@ def test_the_training_and_the_simulator_are_told():
     assert got["training"]["num_decisions"] == found.trained.num_decisions
     assert got["simulator"]["accepted"]
     assert got["simulator"]["horizon"] == found.settled.validation.horizon == 5
-    assert got["simulator"]["num_rollouts"] == len(found.settled.rollouts)
+    assert got["simulator"]["num_rollouts"] == found.settled.cost["num_rollouts"]
     assert got["notes"] == list(found.notes)
     none = describe_schedule(replace(found, trained=None), learned()[1])
     assert none["training"] is None
