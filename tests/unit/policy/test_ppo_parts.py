@@ -112,7 +112,7 @@ def slow_actor(flat, clusters, common):
         for k in range(clusters.shape[1]):
             row = np.concatenate([clusters[b, k], common[b]])
             hidden = np.tanh(row @ np.vstack([of_cluster, of_common]) + bias)
-            out[b, k] = np.tanh(hidden @ second + bias_2) @ last
+            out[b, k] = 3.5 * np.tanh(np.tanh(hidden @ second + bias_2) @ last / 3.5)
     return out
 
 
