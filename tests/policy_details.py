@@ -51,6 +51,7 @@ def some_details(
     training = {
         "gain": (0.1 - 0.04 * np.exp(-steps / 12) + 0.003 * rng.normal(size=trained)).tolist(),
         "greedy_gain": (0.11 - 0.05 * np.exp(-steps / 9)).tolist(),
+        "dealt_gain": (0.105 - 0.05 * np.exp(-steps / 8)).tolist(), "deployed": "greedy",
         "rise": path, "greedy_rise": path,
         "price": {s: (0.4 * (k + 1) * (1 - np.exp(-steps / 15))).tolist() for k, s in enumerate(sources)},
         "num_decisions": 19_000, "feasible": True,
@@ -78,7 +79,7 @@ def make_policy_run(run: Path, details: dict[str, Any]) -> Path:
     path = run / "manifest.json"
     manifest = json.loads(path.read_text("utf-8"))
     manifest["selection"] |= {"method": "ogs", "config": {"on": "simulator"}, "certificate": None}
-    manifest["rollouts"] = {"num_rollouts": 12, "num_steps": 120, "train_tokens": 4000, "dev_tokens": 9000,
+    manifest["rollouts"] = {"num_rollouts": 12, "num_decisions": 120, "train_tokens": 4000, "dev_tokens": 9000,
                             "flops": 1.5e12, "seconds": 61.5, "dev_rows": {"target": 8}}  # fmt: skip
     manifest["cost"]["seconds"] |= {"roll": 61.5, "select": 20.0}
     path.write_text(json.dumps(manifest), "utf-8")

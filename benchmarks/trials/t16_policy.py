@@ -182,7 +182,7 @@ def measure_variant(variant: str, seed: int, config: PPOConfig) -> dict[str, Any
     steps = config.num_epochs * config.num_episodes * DECISIONS
     try:
         trained = train_policy(bandit.episodes, config, seed)
-        steps = trained.num_decisions + (CLUSTERS + 1) * DECISIONS
+        steps = trained.num_decisions
         out[PPO] = score(bandit, trained.policy, draws.child(PPO)) | {"feasible": trained.feasible}
     except InfeasibleError:
         out[PPO] = score(bandit, Uniform(), draws.child(PPO)) | {"feasible": False}

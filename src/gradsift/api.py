@@ -16,6 +16,7 @@ def select(
     method: str,
     budget: str | int,
     out: str | Path,
+    general: Mapping[str, str | Path] | None = None,
     anchors: Mapping[str, str | Path] | None = None,
     target: str | Path | None = None,
     navigator: str | Path = "auto",
@@ -34,6 +35,7 @@ def select(
         method: registered name.
         budget: ``"10%"``, ``500`` or ``"20000tok"``.
         out: the run folder; the same call resumes a stopped run.
+        general: source label -> file of general rows that may be chosen as replay (method ogs).
         anchors: name -> file of rows that stand for what must be kept.
         target: file of rows like those the model must get better at.
         navigator: ``auto``, hub id, local folder or GGUF file.
@@ -59,6 +61,7 @@ def select(
         sources = [labelled(str(path), "pool") for path in paths]
     flags: list[tuple[str, Any]] = [
         ("pool", sources),
+        ("general", [{"label": label, "path": str(path)} for label, path in (general or {}).items()] or None),
         ("anchors", [{"label": name, "path": str(path)} for name, path in (anchors or {}).items()] or None),
         ("target", None if target is None else str(target)),
         ("navigator.model", str(navigator)),

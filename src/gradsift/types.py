@@ -232,7 +232,7 @@ class Problem:
             without a target.
         direction_sketch: float32 [M+1, D] sketches of the unit directions, in the order of ``gram``.
         general: source labels whose rows are general ones: choosing them is replay.
-        learner: the navigator in training (:class:`gradsift.policy.learn.Learner`), for methods that ask for roll-outs.
+        learner: the navigator in training (:class:`gradsift.policy.schedule.Learner`), for methods that ask for roll-outs.
 
     Raises:
         ValueError: rows out of order or arrays of the wrong length (our own mistake).

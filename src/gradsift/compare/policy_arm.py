@@ -49,7 +49,7 @@ class RolloutSettings:
 
 @dataclass
 class WorldLearner:
-    """:class:`gradsift.policy.learn.Learner` in a world; what was played is kept for the cell.
+    """:class:`gradsift.policy.schedule.Learner` in a world; what was played is kept for the cell.
 
     Args:
         world: starting weights.

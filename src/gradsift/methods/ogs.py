@@ -131,9 +131,9 @@ class Ogs:
         )
 
     def _learning(self) -> Any:
-        from gradsift.policy.learn import LearnConfig
         from gradsift.policy.multiplier import MultiplierConfig
         from gradsift.policy.ppo_lagrangian import PPOConfig
+        from gradsift.policy.schedule import LearnConfig
 
         ppo = PPOConfig(
             num_epochs=self.num_epochs, num_episodes=self.num_episodes, multiplier=MultiplierConfig(self.dual)

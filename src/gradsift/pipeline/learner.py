@@ -32,7 +32,7 @@ COST = "learner/cost"
 
 
 class NavigatorLearner:
-    """:class:`gradsift.policy.learn.Learner` of a run.
+    """:class:`gradsift.policy.schedule.Learner` of a run.
 
     Args:
         prepared: the run's inputs, with held-out rows.
@@ -152,7 +152,7 @@ class NavigatorLearner:
         return {
             "folder": f"rollouts/{self._store.records.folder.name}",
             "num_rollouts": len(runs),
-            "num_steps": sum(len(one.rollout.rows) for one in runs),
+            "num_decisions": sum(len(one.rollout.rows) for one in runs),
             "train_tokens": train.forward_tokens,
             "dev_tokens": dev.forward_tokens,
             "policy_tokens": sum(cost.forward_tokens for cost in beside),

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.errors import DependencyError
 from gradsift.manifest import canonical_json, hash_parts, make_folder, pretty_json, sha256_file, write_bytes_atomic
 from gradsift.models.load import weights_key
 from gradsift.pipeline.online_policy import make_policy, make_refresh
@@ -24,7 +23,7 @@ from gradsift.pipeline.progress import Clock, Silent
 from gradsift.policy.episodes import Terms
 from gradsift.train.assembly import Work, load_model, make_parts
 from gradsift.train.config import TrainConfig
-from gradsift.train.finetune import Forecast, Trained
+from gradsift.train.finetune import Forecast, Trained, require_trainer
 from gradsift.train.held_out import measure_dev
 from gradsift.train.online_parts import OnlineConfig, Pace
 from gradsift.train.outcome import publish, read_done, stage_key
@@ -76,14 +75,7 @@ def finetune_online(
     Raises:
         DependencyError: trl is not installed.
     """
-    try:
-        from gradsift.train import trainer  # noqa: F401 - the trainer of TRL, asked for before anything is read
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "trl":
-            raise
-        raise DependencyError(
-            "trl is not installed", where="gradsift train", do="pip install 'gradsift[train]'"
-        ) from None
+    require_trainer()  # before anything is read
     ready = get_ready(config, run)
     _refuse_leaks(ready)
     base = weights_key(ready.material.resolved.folder)

@@ -20,7 +20,7 @@ from gradsift.geometry.cluster import Clusters
 from gradsift.methods import make_method
 from gradsift.methods.base import Method, Needs, resolve_budget
 from gradsift.pipeline.measure import Measurement
-from gradsift.pipeline.prepare import Prepared, prepare
+from gradsift.pipeline.prepare import Prepared, prepare, refuse_changed
 from gradsift.pipeline.problem import build_problem, eligible_rows
 from gradsift.pipeline.progress import Clock
 from gradsift.policy.episodes import Table
@@ -99,7 +99,7 @@ def read_offer(run: Path, clock: Clock) -> Offer:
     # The navigator is not trained here, so its arithmetic is no ground for refusing.
     float32 = recipe.model_copy(update={"navigator": recipe.navigator.model_copy(update={"dtype": "float32"})})
     prepared = replace(prepare(float32, cast(Method, _Deciding()), clock), recipe=recipe)
-    _refuse_changed(prepared, manifest)
+    refuse_changed(prepared, manifest)
     measured = _stored(run, manifest)
     problem = build_problem(prepared, measured)
     allowance = resolve_budget(problem, parse_budget(recipe.budget))
@@ -145,19 +145,6 @@ def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             do="select with ogs or hybrid, or with --set collect.signals=all, --anchor and --target, into another --out",
         )  # fmt: skip
     return recipe, manifest
-
-
-def _refuse_changed(prepared: Prepared, manifest: Mapping[str, Any]) -> None:
-    then = {(e["role"], e["label"], e["path"]): e["sha256"] for e in manifest["inputs"]}
-    for source in (prepared.pool, *prepared.directions):
-        for file in source.pool.files:
-            known = then.get((source.role, file.label, file.path))
-            if known != file.sha256:
-                raise DataError(
-                    "a file has changed since the run", where=file.path, got=f"sha256 {file.sha256[:12]}",
-                    expected=f"sha256 {known[:12] if known else 'of a file of the run'}",
-                    do="restore the file, or run gradsift select again",
-                )  # fmt: skip
 
 
 def _stored(run: Path, manifest: Mapping[str, Any]) -> Measurement:

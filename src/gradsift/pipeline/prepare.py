@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradsift.data.pool import Pool, read_pool
 from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
@@ -271,3 +271,25 @@ def _data_notes(prepared: Prepared) -> list[Note]:
             text = f"{len(cut)} rows of {source.name} were cut to {prepared.recipe.data.max_length} tokens, as the trainer will"
             notes.append(Note("truncated", text, len(cut), tuple(row.id for row in cut[:5])))
     return notes
+
+
+def refuse_changed(prepared: Prepared, manifest: Mapping[str, Any]) -> None:
+    """Refuse inputs that are no longer those of a finished run.
+
+    Args:
+        prepared: the inputs as they are now.
+        manifest: of the run.
+
+    Raises:
+        DataError: a file has other bytes, or was no file of the run.
+    """
+    then = {(e["role"], e["label"], e["path"]): e["sha256"] for e in manifest["inputs"]}
+    for source in (prepared.pool, *prepared.directions):
+        for file in source.pool.files:
+            known = then.get((source.role, file.label, file.path))
+            if known != file.sha256:
+                raise DataError(
+                    "a file has changed since the run", where=file.path, got=f"sha256 {file.sha256[:12]}",
+                    expected=f"sha256 {known[:12] if known else 'of a file of the run'}",
+                    do="restore the file, or run gradsift select again",
+                )  # fmt: skip

@@ -20,7 +20,7 @@ from gradsift.geometry.transfer import Transfer, transfer
 from gradsift.manifest import git_sha, hash_parts, make_folder, versions, write_json_atomic
 from gradsift.methods import make_method
 from gradsift.pipeline.measure import Measurement, measure
-from gradsift.pipeline.prepare import Prepared, prepare
+from gradsift.pipeline.prepare import Prepared, prepare, refuse_changed
 from gradsift.pipeline.progress import Clock, Progress, Silent
 from gradsift.recipe import Recipe, apply_overrides, build_recipe, load_recipe
 from gradsift.seeds import stream
@@ -103,7 +103,7 @@ def audit_transfer(
     recipe = _target_recipe(before.recipe, config)
     try:
         prepared = _prepare(before.recipe, recipe, clock)
-        _refuse_other_rows(before, prepared)
+        refuse_changed(prepared, before.manifest)
         rows, num_common = _draw(before, prepared, config.rows)
         place = run / "transfer" / _key(config, rows)
         make_folder(place)
@@ -175,19 +175,6 @@ def _same_anchor_rows(prepared: Prepared, before: Prepared) -> Prepared:
     num_anchors = len(prepared.anchors)
     target = sources[num_anchors] if prepared.target is not None else None
     return dataclasses.replace(prepared, anchors=tuple(sources[:num_anchors]), target=target, dev=())
-
-
-def _refuse_other_rows(run: _Run, prepared: Prepared) -> None:
-    then = {(e["role"], e["label"], e["path"]): e["sha256"] for e in run.manifest["inputs"]}
-    for source in (prepared.pool, *prepared.directions):
-        for file in source.pool.files:
-            known = then.get((source.role, file.label, file.path))
-            if known != file.sha256:
-                raise DataError(
-                    "a file has changed since the run", where=file.path, got=f"sha256 {file.sha256[:12]}",
-                    expected=f"sha256 {known[:12] if known else 'of a file of the run'}",
-                    do="restore the file, or run gradsift select again",
-                )  # fmt: skip
 
 
 def _draw(run: _Run, prepared: Prepared, count: int) -> tuple[tuple[TokenRow, ...], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -69,11 +69,11 @@ class Settled:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Roll-outs, optimizer steps, trained tokens and seconds that went into it."""
+        """Roll-outs, decisions, trained tokens and seconds that went into it."""
         played = {r.rows.tobytes(): r for r in self.rollouts}.values()  # equal schedules are one roll-out
         return {
             "num_rollouts": len(played),
-            "num_steps": sum(len(r.rows) for r in played),
+            "num_decisions": sum(len(r.rows) for r in played),
             "num_tokens": sum(r.tokens for r in played),
             "seconds": sum(r.seconds for r in played),
         }
@@ -82,7 +82,7 @@ class Settled:
     def sentence(self) -> str:
         """The verdict in plain words."""
         spent = (
-            f"{self.cost['num_rollouts']:.0f} roll-outs, {self.cost['num_steps']:.0f} steps and "
+            f"{self.cost['num_rollouts']:.0f} roll-outs, {self.cost['num_decisions']:.0f} decisions and "
             f"{self.cost['num_tokens']:.0f} tokens of the navigator went into it"
         )
         end = "" if self.accepted else f"; after {self.num_rounds} fits no further one is made: fall back to ogs_dual"
@@ -113,9 +113,13 @@ def settle(
         simulator = Simulator(bench.coordinates, found.coefficients, start, curvature)
         fresh_schedules = [*_mixtures(bench, number, 2), *(plan(simulator) for plan in planners)]
         number += len(fresh_schedules)
-        fresh = [_played(roll, rows) for rows in fresh_schedules]
-        done += fresh
-        checked = validate(simulator, fresh, bench.terms.limits)
+        seen = {one.rows.tobytes() for one in fitted}  # a planner may come back to a schedule: no test of the fit
+        played = [_played(roll, rows) for rows in fresh_schedules]
+        fresh = list({k: one for one in played if (k := one.rows.tobytes()) not in seen}.values())
+        done += played
+        checked = validate(simulator, fresh or played, bench.terms.limits)
+        if not fresh:  # so few rows that every schedule was in the fit: agreement says nothing
+            checked = replace(checked, horizon=0)
         if checked.trusted or turn == NUM_ROUNDS:
             return Settled(simulator.within(checked.horizon), found, checked, tuple(done), turn)
         fitted += fresh

@@ -6,6 +6,7 @@ episodes side by side feed one :class:`BanditState`, so their number changes wha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,7 +84,7 @@ def add_payoffs(state: BanditState, actions: Int[np.ndarray, " n"], payoff: Floa
     )
 
 
-class _Bandit:
+class _Bandit(ABC):
     """What the bandits share: payoffs and multipliers.
 
     The multipliers are those given, or, when None, start at 0 and move after every set of episodes by a projected step,
@@ -153,8 +154,8 @@ class _Bandit:
         assert self.state is not None, "begin comes first"
         return self.state
 
-    def _choose(self, mask: Bool[np.ndarray, "E K"]) -> Int[np.ndarray, " E"]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choose(self, mask: Bool[np.ndarray, "E K"]) -> Int[np.ndarray, " E"]: ...
 
     def _absorb(
         self, actions: Int[np.ndarray, " E"], payoff: Float[np.ndarray, " E"], running: Bool[np.ndarray, " E"]

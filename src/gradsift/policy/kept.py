@@ -68,6 +68,7 @@ def kept_to_arrays(kept: KeptPolicy) -> dict[str, np.ndarray]:
     }
     if kept.policy is not None:
         out |= {"policy/actor": kept.policy.actor, "policy/prices": kept.policy.prices}
+        out["policy/dealt"] = np.array(kept.policy.mode == "deal")
         out |= {f"shape/{name}": np.array(size) for name, size in asdict(kept.policy.shape).items()}
     return out
 
@@ -88,7 +89,12 @@ def kept_from_arrays(arrays: Mapping[str, np.ndarray]) -> KeptPolicy:
         policy = None
         if "policy/actor" in arrays:
             sizes = {name.removeprefix("shape/"): int(arrays[name]) for name in arrays if name.startswith("shape/")}
-            policy = LearnedPolicy(arrays["policy/actor"], Shape(**sizes), arrays["policy/prices"])
+            policy = LearnedPolicy(
+                arrays["policy/actor"],
+                Shape(**sizes),
+                arrays["policy/prices"],
+                "deal" if arrays["policy/dealt"] else "greedy",
+            )
         effects = Effects(arrays["effects/gain"], arrays["effects/harm"])
         return KeptPolicy(arrays["table"].tobytes().hex(), int(arrays["rows_per_decision"]), effects, policy)
     except (KeyError, TypeError) as error:

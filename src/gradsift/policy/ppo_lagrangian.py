@@ -183,7 +183,7 @@ def _start(episodes: Episodes, config: PPOConfig, seed: int, base: Stream) -> Tr
     scale = np.maximum(
         np.abs(np.column_stack([gain, rise])).max(axis=0), np.concatenate([[1e-6], 1e-3 * np.abs(limits)])
     )
-    probe = Probe(gain, rise, bool(keeps(rise, limits).any()), 0, rise.min(axis=0))
+    probe = Probe(gain, rise, bool(keeps(rise, limits).any()), 0, rise.min(axis=0), int((trace.actions >= 0).sum()))
     state = TrainState(
         seed, config, shape, _descent(start_actor(shape, base.child("actor"))),
         _descent(start_critic(shape, base.child("critic"))), start_multiplier(len(limits), config.multiplier), scale,
@@ -200,6 +200,7 @@ def _cost_only(episodes: Episodes, state: TrainState, draws: Stream) -> TrainSta
     """Train for low costs alone, sources weighted by Hedge on their violations, until one episode fits."""
     limits, config, probe = episodes.terms.limits, state.config, state.probe
     smallest, actor, critic, regret = probe.smallest, state.actor, state.critic, np.zeros(len(limits))
+    decisions = probe.num_decisions
     for epoch in range(config.cost_epochs):
         keyed = draws.child(f"epoch/{epoch}")
         batch = collect(
@@ -213,11 +214,12 @@ def _cost_only(episodes: Episodes, state: TrainState, draws: Stream) -> TrainSta
             actor, state.shape, batch, advantage, config, (config.lr, keyed.child("order").numpy())
         )
         critic = improve_critic(critic, state.shape, batch, config)
-        greedy, dealt, _ = _judge(episodes, state.shape, actor, np.zeros(len(limits)), 0)
+        greedy, dealt, deployed = _judge(episodes, state.shape, actor, np.zeros(len(limits)), 0)
         kept = better(dealt, greedy, limits)
+        decisions += len(batch.advantage) + deployed
         smallest = np.minimum(smallest, np.minimum(batch.rise.min(axis=0), kept.rise))
         if kept.feasible or keeps(batch.rise, limits).any():
-            probe = replace(probe, fits=True, num_cost_epochs=epoch + 1, smallest=smallest)
+            probe = replace(probe, fits=True, num_cost_epochs=epoch + 1, smallest=smallest, num_decisions=decisions)
             return replace(state, best=kept, probe=probe)
     names = episodes.dynamics.sources
     reached = ", ".join(f"{n} {s:.4g} (limit {e:.4g})" for n, s, e in zip(names, smallest, limits, strict=True))
@@ -298,4 +300,12 @@ def _finish(episodes: Episodes, state: TrainState) -> Trained:
         )
         note = f"no epoch's policy kept the limits, greedy or dealt; the least violating one is returned: {over}"
     policy = LearnedPolicy(best.actor, state.shape, best.prices, "deal" if best.dealt else "greedy")
-    return Trained(policy, best.feasible, best.gain, best.rise, state, int(state.history.decisions.sum()), note)
+    return Trained(
+        policy,
+        best.feasible,
+        best.gain,
+        best.rise,
+        state,
+        state.probe.num_decisions + int(state.history.decisions.sum()),
+        note,
+    )

@@ -29,6 +29,7 @@ class Probe:
         fits: whether one of them, or the cost-only policy, kept every limit.
         num_cost_epochs: epochs of the cost-only policy; 0 when it was not needed.
         smallest: float64 [M] smallest rise of each source that any of these reached, not necessarily together.
+        num_decisions: decisions played for it, those of the cost-only policy included.
     """
 
     gain: Float[np.ndarray, " S"]
@@ -36,6 +37,7 @@ class Probe:
     fits: bool
     num_cost_epochs: int
     smallest: Float[np.ndarray, " M"]
+    num_decisions: int
 
 
 @dataclass(frozen=True)

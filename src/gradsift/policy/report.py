@@ -8,7 +8,7 @@ import numpy as np
 
 from gradsift.policy.contest import Tried
 from gradsift.policy.episodes import NO_ROW, Table
-from gradsift.policy.learn import Schedule
+from gradsift.policy.schedule import Schedule
 
 
 def describe_schedule(found: Schedule, table: Table) -> dict[str, Any]:
@@ -33,6 +33,8 @@ def describe_schedule(found: Schedule, table: Table) -> dict[str, Any]:
             "rise": {name: _list(history.rise[:, m]) for m, name in enumerate(sources)},
             "price": {name: _list(history.price[:, m]) for m, name in enumerate(sources)},
             "greedy_gain": _list(history.greedy_gain),
+            "dealt_gain": _list(history.dealt_gain),
+            "deployed": trained.policy.mode,
             "greedy_rise": {name: _list(history.greedy_rise[:, m]) for m, name in enumerate(sources)},
             "num_decisions": int(trained.num_decisions),
             "feasible": bool(trained.feasible),

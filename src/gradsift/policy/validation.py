@@ -16,6 +16,7 @@ from gradsift.policy.calibration import Rollout, Runs, side_by_side
 from gradsift.policy.simulator import Simulator
 
 MIN_SPEARMAN, MAX_ERROR, MIN_SIGN = 0.8, 0.5, 0.8
+RANK_DIGITS = 9  # of the largest increment: what differs by rounding alone is a tie
 MIN_PAIRS = 8
 """Increments below which a rank correlation of 0.8 says little: by chance it is reached by 1 of 6 draws of 4 pairs."""
 
@@ -147,6 +148,7 @@ def _agreement(names: Sequence[str], predicted: Float[np.ndarray, "E T1 A"], run
 
 
 def _rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
+    one, other = (np.round(v / (float(np.abs(v).max(initial=0.0)) or 1.0), RANK_DIGITS) for v in (one, other))
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return 0.0
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])

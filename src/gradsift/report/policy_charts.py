@@ -147,14 +147,16 @@ def training(details: Details) -> tuple[Figure, ...]:
         return ()
     shade = colors(details)
     gain = _lines(
-        {"sampled": t.gain, "greedy": t.greedy_gain}, {"sampled": POOL, "greedy": KEPT}, "fall of the loss, nats"
+        {"sampled": t.gain, "greedy": t.greedy_gain, "dealt": t.dealt_gain},
+        {"sampled": POOL, "greedy": KEPT, "dealt": INK},
+        "fall of the loss, nats",
     )
     scaled = {s: [v / (abs(details.limits[s]) or 1.0) for v in values] for s, values in t.rise.items()}
     rise = _lines(scaled, shade, "rise, share of the limit", limit=1.0, shares=True)
     price = _lines(t.price, shade, "price of a limit")
     last = len(t.gain) - 1
     return (
-        Figure("Gain over training", render_svg(gain), f"Grey: mean of the epoch\u2019s episodes. Blue: the greedy episode, {_signs(nats(t.greedy_gain[last]))} nats at the end."),
+        Figure("Gain over training", render_svg(gain), f"Grey: mean of the epoch\u2019s episodes. Blue: the greedy episode, {_signs(nats(t.greedy_gain[last]))} nats at the end. Dark: the mixture dealt evenly, {_signs(nats(t.dealt_gain[last]))}. Kept was the {'dealt' if t.deployed == 'deal' else 'greedy'} one."),
         Figure("Rises over training", render_svg(rise), f"Mean of the epoch\u2019s episodes. Dashed: the limit. At the end {_ends(t, details)}."),
         Figure("Prices over training", render_svg(price), f"A price is 0 where the limit does not bind. At the end {_prices(t)}."),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -58,6 +58,8 @@ class TrainingEntry(Part):
     rise: Named[tuple[float, ...]]
     price: Named[tuple[float, ...]]
     greedy_gain: tuple[float, ...]
+    dealt_gain: tuple[float, ...]
+    deployed: Literal["greedy", "deal", "sample"]
     greedy_rise: Named[tuple[float, ...]]
     num_decisions: int | None = None
     feasible: bool | None = None
@@ -107,7 +109,7 @@ class Details(Part):
         if self.training is not None:
             t = self.training
             per_source = (t.rise, t.price, t.greedy_rise)
-            series = [t.greedy_gain, *(values for part in per_source for values in part.values())]
+            series = [t.greedy_gain, t.dealt_gain, *(values for part in per_source for values in part.values())]
             if any(set(part) != names for part in per_source) or any(len(one) != len(t.gain) for one in series):
                 raise ValueError("training: there is not one figure per epoch and source")
         return self

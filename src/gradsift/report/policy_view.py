@@ -162,10 +162,14 @@ def training_grids(training: TrainingEntry, details: Details) -> tuple[Grid, ...
     for part, sources in enumerate(_chunks(details.sources, SOURCES_PER_TRAINING)):
         names = [_label(s, details) for s in sources]
         own = tuple(h for s in names for h in (f"rise\n{s}", f"price\n{s}"))
-        gains = ("gain", "greedy\ngain") if not part else ()
+        gains = ("gain", "greedy\ngain", "dealt\ngain") if not part else ()
         lines = []
         for k in thinned(len(training.gain)):
-            first = (nats(training.gain[k]), nats(training.greedy_gain[k])) if not part else ()
+            first = (
+                tuple(nats(v[k]) for v in (training.gain, training.greedy_gain, training.dealt_gain))
+                if not part
+                else ()
+            )
             rest = (v for s in sources for v in (nats(training.rise[s][k]), f"{training.price[s][k]:.3g}"))
             lines.append((str(k + 1), *first, *rest))
         title = "Training, mean of an epoch's episodes" + (", further sources" if part else "")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import DependencyError
@@ -49,6 +50,26 @@ def _nothing(rows: int, tokens: int) -> None:
     """Tell nobody."""
 
 
+def require_trainer() -> ModuleType:
+    """Import the trainer of TRL, or say what is missing before anything is read.
+
+    Returns:
+        The module ``gradsift.train.trainer``.
+
+    Raises:
+        DependencyError: trl is not installed.
+    """
+    try:
+        from gradsift.train import trainer
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "trl":
+            raise
+        raise DependencyError(
+            "trl is not installed", where="gradsift train", do="pip install 'gradsift[train]'"
+        ) from None
+    return trainer
+
+
 def finetune(
     config: TrainConfig,
     selection: Path,
@@ -74,14 +95,7 @@ def finetune(
     Raises:
         DependencyError: trl is not installed.
     """
-    try:
-        from gradsift.train import trainer as engine
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "trl":
-            raise
-        raise DependencyError(
-            "trl is not installed", where="gradsift train", do="pip install 'gradsift[train]'"
-        ) from None
+    engine = require_trainer()
     material = read_material(config, selection)
     _refuse_leaks(config, material)
     base = weights_key(material.resolved.folder)

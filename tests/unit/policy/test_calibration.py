@@ -226,8 +226,8 @@ def test_an_exact_simulator_is_accepted_in_the_first_round_and_its_cost_is_count
     assert len(asked) == 2
     assert asked[0] == pytest.approx(world.eta, rel=1e-4)
     # both planners made the same schedule, which is one roll-out
-    assert got.cost == {"num_rollouts": 9, "num_steps": 90, "num_tokens": 270, "seconds": 4.5}
-    assert "9 roll-outs, 90 steps and 270 tokens" in got.sentence
+    assert got.cost == {"num_rollouts": 9, "num_decisions": 90, "num_tokens": 270, "seconds": 4.5}
+    assert "9 roll-outs, 90 decisions and 270 tokens" in got.sentence
     assert "fall back" not in got.sentence
     assert got.simulator.max_steps == 10
 
@@ -245,8 +245,9 @@ def test_noise_ends_in_a_fall_back_after_three_rounds_each_with_more_roll_outs()
     assert not got.accepted
     assert got.num_rounds == 3
     assert len(played) == 6 + 3 * 4
-    assert got.calibration.num_rollouts == 14
-    assert got.validation.num_rollouts == 4
+    # both planners come back to one schedule: fresh once, in the first round
+    assert got.calibration.num_rollouts == 6 + 3 + 2
+    assert got.validation.num_rollouts == 2
     assert "fall back to ogs_dual" in got.sentence
     assert f"{len({rows.tobytes() for rows in played})} roll-outs" in got.sentence
     # the mixtures are fresh every round
@@ -258,3 +259,14 @@ def test_a_roll_out_of_other_rows_is_our_own_mistake():
     coordinates, _ = exact(world)
     with pytest.raises(ValueError, match="other rows"):
         settle(bench(world, coordinates, None), lambda rows: world.roll(rows[::-1].copy()), [])
+
+
+def test_a_pool_whose_every_schedule_was_in_the_fit_is_not_trusted(monkeypatch):
+    """The truth is exact, so only the lack of a fresh roll-out can be the reason."""
+    world = make_world(0)
+    coordinates, curvature = exact(world)
+    some = schedules(world, 1, 10, seed=5)
+    monkeypatch.setattr("gradsift.policy.accept._mixtures", lambda *_: tuple(some))
+    got = settle(bench(world, coordinates, curvature), world.roll, [], calibration=some * 6)
+    assert not got.accepted
+    assert got.validation.horizon == 0

@@ -111,7 +111,7 @@ def test_budget_is_kept_and_no_row_comes_twice(episodes, num):
             assert set(taken) <= set(table.members[action]) if taken else True
 
 
-def same(one, other, e, f):
+def assert_same(one, other, e, f):
     """Episode e of one trace is episode f of another, apart from the padding at the end."""
     t = min(one.actions.shape[1], other.actions.shape[1])
     np.testing.assert_array_equal(one.actions[e, :t], other.actions[f, :t])
@@ -137,7 +137,7 @@ def test_an_episode_is_its_number_whatever_stands_beside_it(episodes, first, num
     together = play(episodes, make(), stream(4, "draws"), first=first, num=num)
     for e in reversed(range(num)):
         alone = play(episodes, make(), stream(4, "draws"), first=first + e)
-        same(together, alone, e, 0)
+        assert_same(together, alone, e, 0)
 
 
 @QUICK

@@ -14,9 +14,10 @@ from gradsift.errors import ConfigError, InfeasibleError
 from gradsift.policy.calibration import Rollout
 from gradsift.policy.contest import LEARNED
 from gradsift.policy.episodes import NO_ROW, Losses, Table
-from gradsift.policy.learn import LearnConfig, Schedule, learn_schedule
+from gradsift.policy.learn import learn_schedule
 from gradsift.policy.multiplier import MultiplierConfig
 from gradsift.policy.ppo_lagrangian import PPOConfig
+from gradsift.policy.schedule import LearnConfig, Schedule
 from gradsift.seeds import stream
 
 WIDTH, BUDGET, SIZE = 3, 12, 12
@@ -204,7 +205,7 @@ def test_every_schedule_is_rolled_once_and_all_are_counted():
     assert [one.name for one in found.settled.rollouts] == [
         f"calibration {n + 1}" for n in range(len(found.settled.rollouts))
     ]
-    assert found.settled.cost["num_steps"] == sum(len(one.rows) for one in played.values())
+    assert found.settled.cost["num_decisions"] == sum(len(one.rows) for one in played.values())
 
 
 def test_the_same_seed_decides_the_same_and_the_simulator_was_trusted():
@@ -325,7 +326,9 @@ def test_on_the_navigator_the_policy_is_trained_in_the_learner_itself():
     # probe, then sampled and greedy episodes of each epoch
     assert learner.dynamics.num_resets >= 1 + 2 * SLOW.num_epochs
     assert learner.dynamics.num_steps >= 4 * learner.dynamics.num_resets
-    assert found.trained.num_decisions == found.trained.state.history.decisions.sum()
+    state = found.trained.state
+    assert found.trained.num_decisions == state.probe.num_decisions + state.history.decisions.sum()
+    assert state.probe.num_decisions > 0
     assert found.trained.num_decisions >= 4 * (SLOW.num_episodes + 1) * SLOW.num_epochs
     assert tight()[1].dynamics.num_resets == 0
     assert tight()[1].saved == 0

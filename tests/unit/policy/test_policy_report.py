@@ -13,9 +13,10 @@ from gradsift.methods import make_method
 from gradsift.policy.contest import LEARNED
 from gradsift.policy.coordinates import make_coordinates, signals_of
 from gradsift.policy.episodes import NO_ROW
-from gradsift.policy.learn import LearnConfig, learn_schedule
+from gradsift.policy.learn import learn_schedule
 from gradsift.policy.ppo_lagrangian import PPOConfig
 from gradsift.policy.report import describe_schedule
+from gradsift.policy.schedule import LearnConfig
 from gradsift.policy.statistics import describe_clusters, make_clusters
 from gradsift.report.policy_fields import parse_details
 from gradsift.seeds import stream
@@ -90,6 +91,8 @@ def test_the_training_and_the_simulator_are_told():
     for name, values in (("rise", history.rise), ("price", history.price), ("greedy_rise", history.greedy_rise)):
         assert got["training"][name] == {f"anchor{m}": values[:, m].tolist() for m in range(2)}
     assert len(got["training"]["greedy_gain"]) == PPO.num_epochs
+    assert got["training"]["dealt_gain"] == history.dealt_gain.tolist()
+    assert got["training"]["deployed"] == found.trained.policy.mode
     assert got["training"]["num_decisions"] == found.trained.num_decisions
     assert got["simulator"]["accepted"]
     assert got["simulator"]["horizon"] == found.settled.validation.horizon == 5

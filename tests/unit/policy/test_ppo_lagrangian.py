@@ -127,7 +127,7 @@ def test_the_history_telescopes_and_the_kept_policy_is_what_was_measured():
     fits = keeps(np.concatenate([history.greedy_rise, history.dealt_rise]), np.array([0.2, 0.3]))
     assert fits.any()
     assert trained.gain == gains[fits].max()
-    assert trained.num_decisions == history.decisions.sum()
+    assert trained.num_decisions == history.decisions.sum() + states[0].probe.num_decisions
     assert len(states[0].probe.gain) == 5
 
 
