@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from checkpointed import flat_checkpoints, planted_checkpoints, turned_checkpoints
+from forwarded import Forwarded, close_forward, forward_fields, moved_forward, planted_forward
 from gradsift.policy.calibration import Rollout
 from gradsift.types import Direction, Noise, Problem
+from proxies import PlantedProxy
 
 P, D, GROUPS = 24, 16, 4
 ANCHOR_LOSS = np.linspace(0.5, 2.0, 31)  # starting losses of the anchors' rows
@@ -33,6 +36,7 @@ class PlantedRow:
     embedding: np.ndarray = field(default_factory=lambda: np.ones(E))  # [E]
     likeness: float = 0.0
     held_out_loss: float = 2.0
+    more: Forwarded = field(default_factory=Forwarded)
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,15 @@ def problem_from_rows(
         likeness=np.array([row.likeness for row in rows]),
         held_out_loss=np.array([row.held_out_loss for row in rows]),
         anchor_loss=ANCHOR_LOSS.copy(),
+        **forward_fields([row.more for row in rows]),
         anchors=tuple(direction(f"anchor{m}", "protect", a) for m, a in enumerate(anchors)),
         target=None if target is None else direction("target", "target", target),
         noise=noise,
         gram=directions @ directions.T,
+        direction_sketch=(directions @ project).astype(np.float32),
+        **planted_checkpoints(gradients, target),
         learner=None if target is None else PlantedLearner(gradients, num_trained, np.vstack([anchors, target])),
+        proxy=None if target is None else PlantedProxy(gradients, num_trained, target, anchors),
     )
 
 
@@ -140,10 +148,10 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
     """Rows of which ``share`` carry the planted signal; all else is noise of the same distribution.
 
     Signals: long, short, loss_{low,middle,high}, norm_{low,middle,high}, lexical, embedding, gradient (towards the target, and no
-    conflict; others towards it oppose an anchor), orthogonal (no anchor part), trust (three in four look like the domain
+    conflict; others towards it oppose an anchor), prompt, ratio, between, importance, hard and recall (forwarded.py), influence (towards the target), dense (two norms close together), orthogonal (no anchor part), trust (three in four look like the domain
     and probes believe them, one in four is known; others look like the domain and are not believed, or are not known).
     """
-    rng, apart, probed = (np.random.default_rng(key) for key in (seed, [seed, 1], [seed, 2]))
+    rng, apart, probed, forwarded = (np.random.default_rng(key) for key in (seed, [seed, 1], [seed, 2], [seed, 3]))
     basis = np.linalg.qr(rng.normal(size=(P, P)))[0]
     u_target, u_a, u_b = basis[0], basis[1], 0.8 * basis[2] + 0.6 * basis[1]
     good = rng.permutation(n) < round(share * n)
@@ -164,11 +172,19 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
         if signal.startswith("norm"):
             level = {"low": -1.0 * q + rng.normal(scale=0.3), "high": q + rng.normal(scale=0.3), "middle": middle}
             gradient *= np.exp(level[signal[5:]]) / np.linalg.norm(gradient)
+        if signal == "influence" and q:
+            gradient += 1.5 * u_target
+        if signal == "dense":  # the norms of two parts of the gradient stand close together, or anywhere else
+            level = 0.0 if q else side * probed.uniform(0, 14)
+            for part in (slice(0, 6), slice(6, 12)):
+                gradient[part] *= np.exp(level + probed.normal(scale=0.03)) / np.linalg.norm(gradient[part])
         loss = 2 + rng.normal(scale=0.3)
         if signal.startswith("loss"):
             loss = {"low": loss - q, "high": loss + q, "middle": 2 + middle}[signal[5:]]
         length = int(np.exp(rng.normal(3.5, 0.4)))
-        length = {"long": length + 60 * q, "short": max(1, length - 1000 * q)}.get(signal, length)
+        length = {"long": length + 60 * q, "hard": length + 60 * q, "short": max(1, length - 1000 * q)}.get(
+            signal, length
+        )
         lexical = abs(rng.normal()) + (2.5 * q if signal == "lexical" else 0)
         embedding = apart.normal(size=E) + (4 * q if signal == "embedding" else 0) * np.eye(E)[0]
         likeness, held_out = probed.normal(), 2 + 0.3 * probed.normal()
@@ -179,7 +195,18 @@ def planted_world(signal: str, *, n: int = 160, seed: int = 0, share: float = 0.
             loss = {"known": 1.2, "foreign": 4.0}.get(kind, 3.0) + 0.1 * probed.normal()
         name, source = f"r{(i * 7919) % 10007:05d}", f"s{i % 3}"
         rows.append(
-            PlantedRow(name, source, length, float(loss), gradient, float(lexical), embedding, likeness, held_out)
+            PlantedRow(
+                name,
+                source,
+                length,
+                float(loss),
+                gradient,
+                float(lexical),
+                embedding,
+                likeness,
+                held_out,
+                planted_forward(signal, bool(q), i == 0, float(loss), forwarded),
+            )
         )
     anchors = np.array([1.3 * u_a, 0.7 * u_b])
     return World(tuple(rows), anchors, 2.0 * u_target, frozenset(r.id for r, q in zip(rows, good, strict=True) if q))
@@ -197,13 +224,15 @@ def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 
     angle = np.pi / 4 + levels(noise.embedding)  # between the two target rows: near both, and about as near to each
     return Problem(
         ids=tuple(f"r{i:02d}" for i in range(n)),
-        sources=tuple(rng.choice(["a", "b"], size=n)),
+        sources=("a", "b", *rng.choice(["a", "b"], size=n)[2:]),
         num_tokens=np.full(n, 20),
         num_trained=rng.integers(1, 6, size=n),
         num_read=n,
         num_trained_read=5 * n,
-        loss=2.0 + levels(noise.loss),
+        loss=(loss := 2.0 + levels(noise.loss)),
         grad_norm=norm,
+        emb_grad_norm=norm / 2,
+        head_grad_norm=norm[::-1].copy(),
         anchor_dot=levels(noise.cos, num_anchors) * norm[:, None],
         target_dot=(0.3 + levels(noise.cos)) * norm,
         sketch=rng.normal(size=(n, 5)).astype(np.float32),
@@ -214,11 +243,15 @@ def close_problem(seed: int, *, spread: float, noise: Noise, num_anchors: int = 
         likeness=levels(1.0),
         held_out_loss=1.0 + levels(noise.loss),
         anchor_loss=2.0 + np.arange(-3, 4) * noise.loss * spread,
+        **close_forward(seed, n, loss, noise.loss * spread),
         anchors=tuple(Direction(f"a{m}", "protect", 1.0 + m, 9, 99, 0.9, 0.0) for m in range(num_anchors)),
         target=Direction("target", "target", 1.0, 9, 99, 0.9, 0.0),
         noise=noise,
         gram=np.eye(num_anchors + 1),
+        **flat_checkpoints(angle, noise.embedding),
+        direction_sketch=np.random.default_rng([seed, 3]).normal(size=(num_anchors + 1, 5)).astype(np.float32),
         learner=PlantedLearner(apart.normal(size=(n, 3)), np.ones(n), apart.normal(size=(num_anchors + 1, 3))),
+        proxy=PlantedProxy(apart.normal(size=(n, 3)), np.ones(n), apart.normal(size=3)),
     )
 
 
@@ -243,7 +276,11 @@ def remeasured(problem: Problem, seed: int) -> Problem:
         held_out_loss=problem.held_out_loss + noise.loss * jitter(problem.held_out_loss),
         anchor_loss=problem.anchor_loss + noise.loss * jitter(problem.anchor_loss),
         grad_norm=norm,
+        emb_grad_norm=problem.emb_grad_norm * (1 + noise.norm * jitter(norm)),
+        head_grad_norm=problem.head_grad_norm * (1 + noise.norm * jitter(norm)),
         anchor_dot=anchor_cos * norm[:, None],
         target_dot=target_cos * norm,
         embedding=turned,
+        **moved_forward(problem, np.random.default_rng([seed, 2])),
+        checkpoints=turned_checkpoints(problem.checkpoints, rng),
     )

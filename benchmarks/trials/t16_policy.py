@@ -26,9 +26,10 @@ from scipy.optimize import linprog
 from gradsift.errors import InfeasibleError
 from gradsift.evaluate.statistics import iqm, probability_of_improvement
 from gradsift.policy.bandits import EpsilonGreedy, Exp3, Thompson
-from gradsift.policy.episodes import Episodes, Losses, Policy, Table, Terms, play
+from gradsift.policy.episodes import Episodes, Losses, Table, Terms
 from gradsift.policy.plan import Effects
 from gradsift.policy.planned import DualPlan
+from gradsift.policy.play import Policy, play
 from gradsift.policy.ppo_lagrangian import PPOConfig, train_policy
 from gradsift.policy.simple import Scheduled, Uniform
 from gradsift.seeds import Stream, stream

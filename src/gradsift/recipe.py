@@ -150,6 +150,44 @@ class RolloutConfig(Strict):
     dev_rows: int = Field(default=16, ge=2)
 
 
+class ProxyRunConfig(Strict):
+    """One training of the navigator in rounds, for methods that steer its mixture of domains.
+
+    It trains what ``navigator.parameters`` names, with one optimizer state and one schedule.
+
+    Args:
+        lr: peak learning rate of AdamW.
+        batch_size: rows per optimizer step where a round draws rows by the mixture.
+        schedule: of the learning rate, over the whole run.
+        held_share: share of the target's rows (of every task's) that gives its loss and no gradient.
+        held_rows: at most so many.
+    """
+
+    lr: float = Field(default=5e-4, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    held_share: float = Field(default=0.5, gt=0.0, lt=1.0)
+    held_rows: int = Field(default=200, ge=2)
+
+
+class WarmupConfig(Strict):
+    """The training of the navigator before it measures, for methods that ask for one (and for ``navigator.lora.warmup_share``).
+
+    It trains what ``navigator.parameters`` names; how much of the pool, and for how long, is the method's.
+
+    Args:
+        lr: peak AdamW learning rate; whole models of more than some million weights want less than an adapter.
+        batch_size: rows per optimizer step.
+        schedule: of the learning rate, over the whole training.
+        rise: share of the steps over which it rises.
+    """
+
+    lr: float = Field(default=2e-4, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    rise: float = Field(default=0.03, ge=0.0, lt=1.0)
+
+
 class MethodConfig(Strict):
     """The rule that chooses.
 
@@ -175,9 +213,12 @@ class Recipe(Strict):
         collect: the pass.
         probe: short trainings, for methods that need them.
         rollout: trainings on schedules, for methods that need them.
+        warmup: training before measuring, for methods that need it.
+        proxy: a training in rounds, for methods that steer its mixture.
         method: the rule.
         budget: ``10%``, ``500`` or ``20000tok``.
         allow_weak_anchor: let methods constrain on an anchor whose split-half reliability is below 0.2.
+        active_anchors: rows of each anchor, those that oppose the target most, that give its direction; None takes all.
         seed: seed of every named stream.
     """
 
@@ -190,9 +231,12 @@ class Recipe(Strict):
     collect: CollectConfig = CollectConfig()
     probe: ProbeConfig = ProbeConfig()
     rollout: RolloutConfig = RolloutConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    proxy: ProxyRunConfig = ProxyRunConfig()
     method: MethodConfig
     budget: str
     allow_weak_anchor: bool = False
+    active_anchors: int | None = Field(default=None, ge=2)
     seed: int = Field(default=42, ge=0, lt=2**63)
 
 

@@ -95,6 +95,8 @@ class TokenRow:
         num_untruncated: token count before truncation.
         status: OK, TRUNCATED or the status that made the row unusable.
         reason: empty for OK, otherwise a sentence.
+        template: bool [T], True where a token is the chat template's own and nobody's words; None where that was not
+            looked up, which counts no token as the template's.
     """
 
     id: str
@@ -103,6 +105,7 @@ class TokenRow:
     num_untruncated: int
     status: RowStatus
     reason: str = ""
+    template: Bool[np.ndarray, " T"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +116,26 @@ class TokenRow:
     def num_trained(self) -> int:
         """Tokens that carry loss: trained positions other than the first, which nothing predicts."""
         return int(self.trained[1:].sum())
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the raw rows that a method reads; nothing is computed in its stead.
+
+    Args:
+        name: the column's name.
+        kind: ``number``, ``numbers`` (a list of them), ``word`` (a string), ``words`` (a list of strings) or ``vectors``
+            (a list of lists of numbers, all of one length).
+        optional: rows may lack it or hold null; ``word`` columns only, which then read as empty.
+    """
+
+    name: str
+    kind: Literal["number", "numbers", "word", "words", "vectors"] = "number"
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optional and self.kind != "word":
+            raise ValueError("only a column of words may have holes")
 
 
 @dataclass(frozen=True)
@@ -231,8 +254,21 @@ class Problem:
         gram: float64 [M+1, M+1] dots between the *unit* directions, protect anchors in order, then the target; [M, M]
             without a target.
         direction_sketch: float32 [M+1, D] sketches of the unit directions, in the order of ``gram``.
+        prompt_loss: float64 [N] mean nats per prompt token, template tokens left out; 0 for rows without a prompt token.
+        num_prompt: int64 [N] prompt tokens that ``prompt_loss`` is a mean of.
+        alone_loss: float64 [N] loss of the same trained tokens with everything else removed.
+        hidden: float32 [N, L, h] mean hidden states of the row's tokens after the layers of ``hidden_layers``.
+        hidden_layers: L numbers of layers, rising; 0 is what enters the first layer, l what leaves the l-th.
+        importance: float64 [N] log p_target / p_pool of the row's hashed unigrams and bigrams (DSIR).
+        external: columns of the raw rows by name, N entries each: float64 [N], or object [N] of tuples or strings.
+        texts: N pairs of prompt and response, as plain text; empty where no method asked.
+        checkpoints: the rows' directions at checkpoints of a warm-up, one
+            :class:`gradsift.geometry.checkpoints.CheckpointSignals` each; empty where no method asked.
+        subtasks: n_t labels of the target's rows in id order; empty where no method asked.
         general: source labels whose rows are general ones: choosing them is replay.
         learner: the navigator in training (:class:`gradsift.policy.schedule.Learner`), for methods that ask for roll-outs.
+        proxy: a training of the navigator in rounds (:class:`gradsift.geometry.trajectory.Proxy`), for methods that steer
+            its mixture.
 
     Raises:
         ValueError: rows out of order or arrays of the wrong length (our own mistake).
@@ -260,13 +296,24 @@ class Problem:
     held_out_loss: Float[np.ndarray, " N"] | None = None
     anchor_loss: Float[np.ndarray, " n_a"] | None = None
     copy_group: tuple[str, ...] = ()
+    prompt_loss: Float[np.ndarray, " N"] | None = None
+    num_prompt: Int[np.ndarray, " N"] | None = None
+    alone_loss: Float[np.ndarray, " N"] | None = None
+    hidden: Float[np.ndarray, "N L h"] | None = None
+    hidden_layers: tuple[int, ...] = ()
+    importance: Float[np.ndarray, " N"] | None = None
+    external: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: tuple[tuple[str, str], ...] = ()
     anchors: tuple[Direction, ...] = ()
     target: Direction | None = None
     noise: Noise = Noise()
     gram: Float[np.ndarray, "A A"] | None = None
     direction_sketch: Float[np.ndarray, "A D"] | None = None
+    checkpoints: tuple[Any, ...] = ()
+    subtasks: tuple[str, ...] = ()
     general: tuple[str, ...] = ()
     learner: Any = None
+    proxy: Any = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -276,6 +323,14 @@ class Problem:
             raise ValueError("Problem.sources must have one label per id")
         if self.copy_group and len(self.copy_group) != n:
             raise ValueError("Problem.copy_group must be empty or have one name per id")
+        if self.texts and len(self.texts) != n:
+            raise ValueError("Problem.texts must be empty or have one pair per id")
+        for name, column in self.external.items():
+            if len(column) != n:
+                raise ValueError(f"Problem.external[{name!r}] has {len(column)} rows, expected {n}")
+            column.flags.writeable = False
+        if self.hidden is not None and self.hidden.shape[1] != len(self.hidden_layers):
+            raise ValueError(f"Problem.hidden has {self.hidden.shape[1]} layers, expected {self.hidden_layers}")
         for name in ("num_tokens", "num_trained", *SIGNALS):
             array = getattr(self, name)
             if array is None:
@@ -355,6 +410,21 @@ class Problem:
         """Number of eligible rows, N."""
         return len(self.ids)
 
+    def layer(self, number: int) -> Float[np.ndarray, "N h"]:
+        """Give the mean hidden states after one layer.
+
+        Args:
+            number: a layer of ``hidden_layers``.
+
+        Returns:
+            float32 [N, h], a view.
+
+        Raises:
+            ValueError: that layer was not measured (our own mistake).
+        """
+        assert self.hidden is not None
+        return self.hidden[:, self.hidden_layers.index(number)]
+
     @property
     def anchor_cos(self) -> Float[np.ndarray, "N M"] | None:
         """Cosines with the protect anchors, float64 [N, M] in [-1, 1], or None."""
@@ -382,6 +452,11 @@ SIGNALS = (
     "embedding",
     "likeness",
     "held_out_loss",
+    "prompt_loss",
+    "num_prompt",
+    "alone_loss",
+    "hidden",
+    "importance",
 )
 
 

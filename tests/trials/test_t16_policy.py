@@ -12,7 +12,7 @@ from benchmarks.trials import common, t16_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.policy.episodes import play
+from gradsift.policy.play import play
 from gradsift.policy.ppo_lagrangian import PPOConfig
 from gradsift.policy.simple import Scheduled
 from gradsift.seeds import stream

@@ -107,6 +107,7 @@ def run(
         Whether every cell asked for is finished and the run's own checks hold.
     """
     from gradsift.cli.screen import Screen
+    from gradsift.compare.applicable import reason
     from gradsift.compare.plan import make_plan
     from gradsift.compare.runner import Event, list_jobs, run_all
     from gradsift.compare.store import declare
@@ -131,7 +132,8 @@ def run(
     with screen.watching_signals():
         left = run_all(out, jobs, num_workers, tell, lambda: screen.advance(0, 0))
     analysis = conclude(console, out, config)
-    return not left.failed and not left.open and (analysis is None or analysis.passed)
+    failed = [why for _, why in left.failed if reason(why) is None]  # what does not apply has not failed
+    return not failed and not left.open and (analysis is None or analysis.passed)
 
 
 def conclude(console: Console, out: Path, config: Any) -> Any:
@@ -199,6 +201,7 @@ def show(console: Console, config: Any, analysis: Any) -> None:
     """
     from gradsift.cli.screen import table
     from gradsift.compare import words
+    from gradsift.compare.applicable import inapplicable_rows
 
     heads = ("arm", "seeds", "HV", f"minus {config.random}", f"minus {analysis.best_cheap or 'best cheap'}", "cost")
     out = table(f"{config.trial}: {words.hypervolume(config)}", *heads, right=("seeds", "HV", "cost"))
@@ -207,6 +210,8 @@ def show(console: Console, config: Any, analysis: Any) -> None:
     for arm in analysis.arms:
         own = [str(some[arm.name].interval) if arm.name in some else "" for some in (beside, cheap)]
         out.add_row(arm.name, str(len(arm.seeds)), f"{arm.mean:.3f}", *own, words.runs(arm.spent.relative))
+    for name, why in inapplicable_rows(analysis.missing).items():
+        out.add_row(name, "0", why, "", "", "")
     console.print(out)
     for check in analysis.placebos:
         say(console, check.sentence, style="" if check.passed else "bold red")

@@ -16,7 +16,10 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from gradsift.compare.checkpoint import choose_trained, is_trained
+from gradsift.compare.forward_arm import with_forward
 from gradsift.compare.policy_arm import choose_by_policy
+from gradsift.compare.proxy_arm import choose_by_proxy, is_proxied
 from gradsift.compare.world import World
 from gradsift.data.lexical import lexical_scores
 from gradsift.errors import ConfigError
@@ -124,6 +127,16 @@ class Desk:
         """Signals at the starting weights, and what the pass cost."""
         got = measure(self.world, self.world.make_model(), self.lexical)
         return got
+
+    @cached_property
+    def trained(self) -> dict[Any, Any]:
+        """Signals at checkpoints of warm-ups, by what was asked for (:mod:`gradsift.compare.checkpoint`)."""
+        return {}
+
+    @cached_property
+    def forward(self) -> dict[Any, Any]:
+        """Forward and text signals beside those of ``start``, by what was asked for (:mod:`gradsift.compare.forward_arm`)."""
+        return {}
 
     @cached_property
     def unmeasured(self) -> Problem:
@@ -236,9 +249,14 @@ def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
         return _crossfit(desk, arm, count)
     if arm.method == POLICY:
         return choose_by_policy(desk, arm, count)
+    if is_trained(arm):
+        return choose_trained(desk, arm, count)
+    if is_proxied(arm):
+        return choose_by_proxy(desk, arm, count)
     method = make_method(arm.method, arm.settings)
     text_only = method.needs.cost_class == "text" and not arm.placebo
     problem, cost = (desk.unmeasured, Cost()) if text_only else desk.start
+    problem, more = with_forward(desk, method, problem)
     if arm.placebo:
         problem = disguise(problem, arm.placebo, desk.stream(f"placebo/{arm.placebo}"))
     needs = method.needs.cost_class
@@ -247,6 +265,7 @@ def choose_own(desk: Desk, arm: ArmSpec, count: int) -> Choice:
         spent["collect"] = cost
     elif needs == "forward":
         spent["collect"] = Cost(cost.flops / 3, cost.forward_tokens, 0, cost.seconds / 3)
+    spent |= more
     lost = len(desk.world.pool) - problem.size
     said = (f"{lost} rows have no finite signal and cannot be chosen",) if lost else ()
     if arm.method == "full":
@@ -362,7 +381,8 @@ def disguise(problem: Problem, how: str, draw: Stream) -> Problem:
     def dealt(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else array[order].copy()
 
-    return replace(problem, **{name: dealt(getattr(problem, name)) for name in SIGNALS})
+    moved = tuple(replace(one, features=one.features[order]) for one in problem.checkpoints)
+    return replace(problem, checkpoints=moved, **{name: dealt(getattr(problem, name)) for name in SIGNALS})
 
 
 def composition(world: World, ids: Sequence[str]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gradsift.compare.applicable import reason, refuse_inapplicable
 from gradsift.compare.arms import ArmSpec, Desk
 from gradsift.compare.cell import Cell, run_cell, with_total
 from gradsift.compare.claiming import claim
@@ -182,9 +183,10 @@ class _Bench:
 
     def attempt(self, job: Job, tell: Tell) -> bool:
         """Compute a cell if it is free and what it needs is there; return whether anything was left behind."""
-        if job.needs and read_failure(self.folder, job.needs) is not None:
-            file_failure(self.folder, job.key, "the arm whose total it may spend could not be computed")
-            tell(Event(job, 0.0, "the arm whose total it may spend could not be computed"))
+        if job.needs and (why := read_failure(self.folder, job.needs)) is not None:
+            text = reason(why) or "the arm whose total it may spend could not be computed"
+            file_failure(self.folder, job.key, text)
+            tell(Event(job, 0.0, text))
             return True
         if job.needs and not (self.folder / "cells" / f"{job.needs}.json").exists():
             return False
@@ -242,6 +244,7 @@ def run_arm(desk: Desk, arm: ArmSpec, grid: Any, total: float | None = None) -> 
     Returns:
         The cell.
     """
+    refuse_inapplicable(desk.world, arm)
     plain = replace(arm, placebo="") if arm.placebo == SHAM else arm
     return run_cell(desk, plain, grid, total=total)
 

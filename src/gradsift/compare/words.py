@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gradsift.compare.applicable import inapplicable_rows, reason
 from gradsift.compare.config import CompareConfig
 from gradsift.compare.written import write_seeds
 from gradsift.evaluate.statistics import MIN_SEEDS, Interval, Uniformity
@@ -131,8 +132,8 @@ def notes(
         out.append(f"cells come from {len(commits)} commits of the code: {', '.join(c[:12] for c in commits)}.")
     if len(machines) > 1:
         out.append(f"cells come from {len(machines)} kinds of machine: {'; '.join(machines)}.")
-    if missing:
-        out.append(f"{len(missing)} of {len(missing) + len(filed)} declared cells were not run.")
+    if rest := [cell for cell in missing if reason(cell.why) is None]:
+        out.append(f"{len(rest)} of {len(missing) + len(filed)} declared cells were not run.")
     return tuple(out)
 
 
@@ -195,6 +196,8 @@ def _arm_table(config: CompareConfig, analysis: Analysis) -> list[str]:
                str(cheap[arm.name].interval) if arm.name in cheap else "", *chances(beside.get(arm.name)),
                "" if share is None or math.isnan(share) else f"{share:.0%}", runs(arm.spent.relative)]  # fmt: skip
         lines.append(f"| {' | '.join(row)} |")
+    for name, why in inapplicable_rows(analysis.missing).items():
+        lines.append(f"| {' | '.join([name, '0', why, *[''] * (len(head) - 3)])} |")
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.data.pool import Pool
 from gradsift.data.tables import TableRows
 from gradsift.errors import DiskFullError
+from gradsift.manifest import write_json_atomic
 from gradsift.types import Note
 
 if TYPE_CHECKING:
@@ -67,6 +68,30 @@ def write_selected(pool: Pool, ids: Sequence[str], folder: Path) -> Exported:
         return Exported(tuple(paths))
     notes = _write_table(pool, parts, positions, target)
     return Exported((*paths, target) if target.exists() else tuple(paths), notes)
+
+
+def write_mixture(mixture: Mapping[str, float] | None, folder: Path) -> tuple[Path, ...]:
+    """Write domain probabilities for a trainer that samples: ``mixture.json``, source label -> probability.
+
+    With one data set per label, in any order, it is one line for ``datasets``, whose default stops at the first data set
+    that runs out::
+
+        interleave_datasets([parts[name] for name in mixture], probabilities=list(mixture.values()), seed=42,
+                            stopping_strategy="all_exhausted")
+
+    Args:
+        mixture: of a selection; None removes the file of an earlier one.
+        folder: of the selection.
+
+    Returns:
+        The file, or nothing.
+    """
+    path = folder / "mixture.json"
+    if mixture is None:
+        path.unlink(missing_ok=True)
+        return ()
+    write_json_atomic(path, dict(mixture))
+    return (path,)
 
 
 def _write_lines(pool: Pool, positions: Sequence[int], temporary: Path) -> None:

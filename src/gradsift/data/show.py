@@ -86,15 +86,23 @@ def plain_text(row: Row) -> str:
     fields = row.example.fields
     parts: list[str] = []
     for name in ("text", "prompt", "completion", "messages"):
-        parts += _texts(fields.get(name))
+        parts += plain_parts(fields.get(name))
     return "\n".join(parts)
 
 
-def _texts(value: Any) -> Iterable[str]:
+def plain_parts(value: Any) -> Iterable[str]:
+    """List the texts of a column of messages, or the column itself where it is a string.
+
+    Args:
+        value: a string, a message, a list of messages or anything else.
+
+    Returns:
+        The texts in order; nothing for other values.
+    """
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in plain_parts(item)]
     if isinstance(value, dict):
-        return _texts(value.get("content")) or _texts(value.get("text"))
+        return plain_parts(value.get("content")) or plain_parts(value.get("text"))
     return []

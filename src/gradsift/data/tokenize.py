@@ -14,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradsift.data.prompts import template_tokens
 from gradsift.data.templates import MarkedTemplate, marked_template, no_template, template_text
 from gradsift.errors import ConfigError
 from gradsift.types import Example, LossOn, Row, RowStatus, Shape, TokenRow
@@ -158,7 +159,12 @@ def trl_arguments(loss_on: LossOn | None, shape: Shape) -> dict[str, bool]:
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, rule: MaskRule, *, max_length: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    rule: MaskRule,
+    *,
+    max_length: int,
+    find_template: bool = False,
 ) -> tuple[TokenRow, ...]:
     """Tokenize every row that could be read.
 
@@ -167,11 +173,24 @@ def tokenize_rows(
         tokenizer: the navigator's.
         rule: which tokens carry loss.
         max_length: tokens kept from the start.
+        find_template: also say which tokens are the chat template's own.
 
     Returns:
         One token row per row, in the same order; rows that are not usable have no tokens, or the tokens that show why.
     """
-    return tuple(_tokenize_row(row, tokenizer, rule, max_length) for row in rows)
+    made = tuple(_tokenize_row(row, tokenizer, rule, max_length) for row in rows)
+    if not find_template:
+        return made
+    return tuple(_with_template(row, one, tokenizer, rule) for row, one in zip(rows, made, strict=True))
+
+
+def _with_template(row: Row, made: TokenRow, tokenizer: PreTrainedTokenizerBase, rule: MaskRule) -> TokenRow:
+    if not made.status.usable or row.example is None:
+        return made
+    marked = rule.of(row.example.shape) == "assistant" and rule.template_origin != "tokenizer"
+    ids = _encode(row.example, tokenizer, rule).ids
+    mask = template_tokens(row.example, tokenizer, rule.template if marked else None, ids)
+    return replace(made, template=mask[: made.num_tokens])
 
 
 def _tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase, rule: MaskRule, max_length: int) -> TokenRow:

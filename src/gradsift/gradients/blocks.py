@@ -9,7 +9,7 @@ loses 5e-5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -119,6 +119,7 @@ class Block:
         offset: first bucket of the sketch.
         directions: [M, rows * cols] sign-flipped unit directions, or None.
         mean: [rows, cols] running sum of gradients when anchors are being built, or None.
+        bend: what turns a flat gradient into what is sketched (:mod:`gradsift.gradients.adam`), or None for itself.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Block:
     offset: int = 0
     directions: Float[Tensor, "M n"] | None = None
     mean: Float[Tensor, "rows cols"] | None = None
+    bend: Callable[[Tensor, int], Tensor] | None = None
     _scratch: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -152,6 +154,10 @@ class Block:
         denses = [p for p in parts if isinstance(p, Dense)]
         if self.mean is not None:
             self._add_to_mean(outers, scatters, denses)
+        if self.bend is not None:
+            from gradsift.gradients.adam import measure_bent  # it builds on this module
+
+            return measure_bent(self, [*outers, *denses], scatters, totals)
         if len(outers) == 1 and outers[0].starts is None and self._fits_whole(outers[0]):
             denses = [*denses, self._as_dense(outers[0])]
             outers = []
@@ -246,7 +252,7 @@ class Block:
 
     def _measure_scatter(self, scatters: Sequence[Scatter], totals: Totals) -> None:
         for b in range(len(scatters[0].lengths)):
-            ids, summed = _sum_repeated(scatters, b)
+            ids, summed = sum_repeated(scatters, b)
             if not ids.numel():
                 continue
             if self.row_sign is not None and self.col_sign is not None:
@@ -265,7 +271,7 @@ class Block:
         """Add 2 <outer part, scattered part> of a tied table to the squared norm."""
         for b in range(len(outer.lengths)):
             x, g = outer.row(b)
-            ids, summed = _sum_repeated(scatters, b)
+            ids, summed = sum_repeated(scatters, b)
             if x.shape[0] and ids.numel():
                 totals.square[b] += 2 * (g[:, ids] * (x @ summed.t())).double().sum()
 
@@ -335,8 +341,16 @@ def _join(outers: Sequence[Outer]) -> Outer:
     return Outer(x, g, lengths, starts)
 
 
-def _sum_repeated(scatters: Sequence[Scatter], b: int) -> tuple[Int[Tensor, " u"], Float[Tensor, "u cols"]]:
-    """Sum the gradients of repeated ids of one example; without this a table's norm is wrong."""
+def sum_repeated(scatters: Sequence[Scatter], b: int) -> tuple[Int[Tensor, " u"], Float[Tensor, "u cols"]]:
+    """Sum the gradients of repeated ids of one example; without this a table's norm is wrong.
+
+    Args:
+        scatters: lookups in one table.
+        b: which example.
+
+    Returns:
+        The ids that occur, rising, and the sum for each.
+    """
     ids = torch.cat([s.ids[b, : s.lengths[b]] for s in scatters])
     g = torch.cat([s.g[b, : s.lengths[b]] for s in scatters])
     unique, inverse = torch.unique(ids, return_inverse=True)

@@ -7,7 +7,7 @@ and redo only that part; a row that does not fit alone gets its own status.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from gradsift.data.batches import collate, plan_batches
 from gradsift.errors import NumericsError
 from gradsift.gradients.embed import content_order, reorder, unit_distance
 from gradsift.gradients.hooks import Forwarded, GradientEngine
+from gradsift.gradients.taps import NO_EXTRAS, Extras, Taps, alone_row, empty_extras, hidden_name, stack_masks
 from gradsift.seeds import Stream
 from gradsift.store.shards import ShardResult
 from gradsift.store.spec import content_hash
@@ -39,6 +40,7 @@ class Pass:
         pad_id: padding token.
         gradients: False measures losses only, and embeddings where the engine pools them.
         tick: called after every micro-batch with the rows and tokens done; raises to stop the run.
+        extras: what else is measured by forwards.
     """
 
     engine: GradientEngine
@@ -47,6 +49,7 @@ class Pass:
     pad_id: int
     gradients: bool = True
     tick: Callable[[int, int], None] = lambda rows, tokens: None
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class _Values:
     dots: Float[np.ndarray, "n M"]
     sketch: Float[np.ndarray, "n D"] | None
     embedding: Float[np.ndarray, "n d"] | None
+    extra: Mapping[str, Float[np.ndarray, "n ..."]]
     fits: bool = True
 
 
@@ -82,8 +86,8 @@ def measure_shard(run: Pass, rows: Sequence[TokenRow]) -> ShardResult:
         run.tick(len(some), sum(row.num_tokens for row in some))
     usable = np.array([status.usable for status, _ in statuses])
 
-    def column(name: str) -> Float[np.ndarray, ...]:
-        stacked = np.concatenate([getattr(p, name) for p in parts])
+    def column(name: str, extra: bool = False) -> Float[np.ndarray, ...]:
+        stacked = np.concatenate([p.extra[name] if extra else getattr(p, name) for p in parts])
         shape = (-1,) + (1,) * (stacked.ndim - 1)
         return np.where(usable.reshape(shape), stacked, np.nan)
 
@@ -102,6 +106,10 @@ def measure_shard(run: Pass, rows: Sequence[TokenRow]) -> ShardResult:
         directions=run.directions if run.gradients else (),
         sketch=column("sketch").astype(np.float32) if parts[0].sketch is not None else None,
         embedding=column("embedding").astype(np.float32) if parts[0].embedding is not None else None,
+        extra={
+            name: column(name, True).astype(np.float32 if name.startswith("hidden") else np.float64)
+            for name in run.extras.names
+        },
     )
 
 
@@ -133,10 +141,17 @@ def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
     batch = collate(rows, range(len(rows)), run.pad_id)
     device = next(run.engine.model.parameters()).device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-    if not run.gradients:
-        seen = run.engine.forward_only(input_ids, labels, batch.lengths)
-        return _empty(run, rows, seen=seen)
-    got = run.engine.measure(input_ids, labels, batch.lengths)
+    prompt = stack_masks(rows, input_ids.shape[1]).to(device) if run.extras.prompt else None
+    with Taps(run.engine.model, run.extras.layers, batch.lengths.tolist(), run.engine.dtype) as taps:
+        forward = run.engine.measure if run.gradients else run.engine.forward_only
+        got = forward(input_ids, labels, batch.lengths, *(() if prompt is None else (prompt,)))
+    extra = {hidden_name(layer): value.numpy() for layer, value in taps.values.items()}
+    if got.prompt_loss is not None:
+        extra["prompt_loss"] = got.prompt_loss.numpy()
+    if run.extras.alone:
+        extra["alone_loss"] = _alone(run, rows)
+    if isinstance(got, Forwarded):
+        return replace(_empty(run, rows, seen=got), extra=extra)
     return _Values(
         got.loss.numpy(),
         got.square.clamp_min(0).sqrt().numpy(),
@@ -145,7 +160,16 @@ def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
         got.dots.numpy(),
         None if got.sketch is None else got.sketch.numpy(),
         None if got.embedding is None else got.embedding.numpy(),
+        extra,
     )
+
+
+def _alone(run: Pass, rows: Sequence[TokenRow]) -> Float[np.ndarray, " n"]:
+    """Losses of the trained tokens alone, by a forward of their own."""
+    short = [alone_row(row, run.extras.start_id) for row in rows]
+    batch = collate(short, range(len(short)), run.pad_id)
+    device = next(run.engine.model.parameters()).device
+    return run.engine.forward_only(batch.input_ids.to(device), batch.labels.to(device), batch.lengths).loss.numpy()
 
 
 def _empty(run: Pass, rows: Sequence[TokenRow], *, seen: Forwarded | None = None, fits: bool = True) -> _Values:
@@ -160,7 +184,8 @@ def _empty(run: Pass, rows: Sequence[TokenRow], *, seen: Forwarded | None = None
     if seen is not None and seen.embedding is not None:
         embedding = seen.embedding.numpy()
     loss = nan if seen is None else seen.loss.numpy()
-    return _Values(loss, nan, nan, nan, np.full((n, num_directions), np.nan), sketch, embedding, fits)
+    extra = empty_extras(run.extras, run.engine.model, n)
+    return _Values(loss, nan, nan, nan, np.full((n, num_directions), np.nan), sketch, embedding, extra, fits)
 
 
 def _status(values: _Values, k: int, row: TokenRow, gradients: bool) -> tuple[RowStatus, str]:
@@ -171,6 +196,9 @@ def _status(values: _Values, k: int, row: TokenRow, gradients: bool) -> tuple[Ro
     if values.embedding is not None and not np.isfinite(values.embedding[k]).all():
         # A token behind the last trained one can be broken without touching the loss.
         return RowStatus.NONFINITE_LOSS, f"its hidden states are not finite (its loss is {values.loss[k]:.4g})"
+    for name, array in values.extra.items():
+        if not np.isfinite(array[k]).all():
+            return RowStatus.NONFINITE_LOSS, f"its {name} is not finite (its loss is {values.loss[k]:.4g})"
     if gradients:
         if not (np.isfinite(values.norm[k]) and np.isfinite(values.dots[k]).all()):
             return RowStatus.NONFINITE_GRAD, f"its gradient norm is {values.norm[k]}"
@@ -194,7 +222,7 @@ def embed_rows(run: Pass, rows: Sequence[TokenRow]) -> Float[np.ndarray, "n d"]:
     """
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
     with run.engine:
-        got = measure_shard(replace(run, gradients=False, directions=()), ordered)
+        got = measure_shard(replace(run, gradients=False, directions=(), extras=NO_EXTRAS), ordered)
     bad = np.flatnonzero(~got.usable)
     if bad.size:
         raise NumericsError(
@@ -232,6 +260,8 @@ def measure_noise(
         if not (alone.usable[0] and stored.usable[0]):
             continue
         loss = max(loss, abs(float(alone.loss[0] - stored.loss[0])))
+        for name in {"prompt_loss", "alone_loss"} & set(alone.extra):  # one bound for every loss
+            loss = max(loss, abs(float(alone.extra[name][0] - stored.extra[name][0])))
         if alone.embedding is not None and stored.embedding is not None:
             turned = max(turned, unit_distance(alone.embedding[0], stored.embedding[0]))
         if run.gradients:

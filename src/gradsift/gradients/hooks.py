@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradsift.errors import ModelError
+from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Totals, make_block
 from gradsift.gradients.embed import pool_positions
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
@@ -38,6 +39,7 @@ class Measured:
         emb_norm: float64 [B] norm of the input embedding's gradient (lookup part only when tied).
         head_norm: float64 [B] norm of the LM head's gradient (head part only when tied).
         embedding: [B, d] position-weighted mean of the last hidden states, or None.
+        prompt_loss: float64 [B] mean nats per prompt token, 0 without one; None where no prompt was asked for.
     """
 
     loss: Float[Tensor, " B"]
@@ -47,6 +49,7 @@ class Measured:
     emb_norm: Float[Tensor, " B"]
     head_norm: Float[Tensor, " B"]
     embedding: Float[Tensor, "B d"] | None = None
+    prompt_loss: Float[Tensor, " B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,12 @@ class Forwarded:
     Args:
         loss: float64 [B] mean nats per trained token.
         embedding: [B, d] position-weighted mean of the last hidden states, or None.
+        prompt_loss: float64 [B] mean nats per prompt token, 0 without one; None where no prompt was asked for.
     """
 
     loss: Float[Tensor, " B"]
     embedding: Float[Tensor, "B d"] | None
+    prompt_loss: Float[Tensor, " B"] | None = None
 
 
 @dataclass
@@ -82,6 +87,8 @@ class _Batch:
     emb_square: Tensor
     head_square: Tensor
     embedding: Tensor | None = None
+    prompt: Tensor | None = None
+    prompt_loss: Tensor | None = None
 
 
 class GradientEngine:
@@ -113,6 +120,7 @@ class GradientEngine:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.projector = projector
+        self.bent = False  # sketches are of Adam directions; see gradsift.gradients.adam.bend
         self.num_directions = 0 if not directions else next(iter(directions.values())).shape[0]
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
         self._head = model.get_output_embeddings()  # type: ignore[operator]
@@ -146,6 +154,11 @@ class GradientEngine:
     def dtype(self) -> torch.dtype:
         """Arithmetic of the measurement: float64 for a float64 model, float32 otherwise (bfloat16 is widened)."""
         return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
 
     @property
     def _device(self) -> torch.device:
@@ -284,7 +297,11 @@ class GradientEngine:
 
     @torch.no_grad()
     def forward_only(
-        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        lengths: Int[Tensor, " B"],
+        prompt: Bool[Tensor, "B T"] | None = None,
     ) -> Forwarded:
         """Measure losses, and embeddings where the engine was asked for them: one forward, no backward.
 
@@ -292,16 +309,23 @@ class GradientEngine:
             input_ids: [B, T] right-padded tokens.
             labels: [B, T] with -100 where no loss is taken.
             lengths: [B] real tokens per row.
+            prompt: [B, T] tokens whose mean loss is measured apart; none where labels are set, none at position 0.
 
         Returns:
             Losses and embeddings.
         """
-        with self._running(input_ids, labels, lengths) as batch:
-            loss, _ = self._loss(self._logits(input_ids), labels)
-            return Forwarded(loss.cpu(), None if batch.embedding is None else batch.embedding.cpu())
+        with self._running(input_ids, labels, lengths, prompt) as batch:
+            loss, _ = self._loss(self._logits(input_ids), labels, input_ids)
+            return Forwarded(
+                loss.cpu(), *(None if t is None else t.cpu() for t in (batch.embedding, batch.prompt_loss))
+            )
 
     def measure(
-        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        lengths: Int[Tensor, " B"],
+        prompt: Bool[Tensor, "B T"] | None = None,
     ) -> Measured:
         """Measure every signal of a micro-batch: one forward, one backward to activations.
 
@@ -309,13 +333,14 @@ class GradientEngine:
             input_ids: [B, T] right-padded tokens.
             labels: [B, T] with -100 where no loss is taken; every row trains at least one token.
             lengths: [B] real tokens per row.
+            prompt: [B, T] tokens whose mean loss is measured apart; they have no part in any gradient.
 
         Returns:
             Losses, squared norms, dots, sketches, embedding and head norms.
         """
-        with self._running(input_ids, labels, lengths) as batch:
+        with self._running(input_ids, labels, lengths, prompt) as batch:
             logits = self._logits(input_ids)
-            loss, slope = self._loss(logits, labels)
+            loss, slope = self._loss(logits, labels, input_ids)
             torch.autograd.backward(logits, slope.to(logits.dtype)[None])
             if self._pending:
                 raise AssertionError(f"no gradient arrived for {sorted(self._pending)}")
@@ -324,11 +349,16 @@ class GradientEngine:
                 loss.cpu(),
                 totals.square.cpu(),
                 totals.dots.cpu(),
-                None if totals.sketch is None else totals.sketch.cpu(),
+                None if totals.sketch is None else self._sketch(totals).cpu(),
                 batch.emb_square.clamp_min(0).sqrt().cpu(),
                 batch.head_square.clamp_min(0).sqrt().cpu(),
                 None if batch.embedding is None else batch.embedding.cpu(),
+                None if batch.prompt_loss is None else batch.prompt_loss.cpu(),
             )
+
+    def _sketch(self, totals: Totals) -> Tensor:
+        assert totals.sketch is not None
+        return unit_length(totals.sketch, totals.square) if self.bent else totals.sketch
 
     def _logits(self, input_ids: Tensor) -> Tensor:
         # Explicit positions: a shared [1, T] position lookup would sum the batch's gradients into one.
@@ -338,9 +368,11 @@ class GradientEngine:
         return self.model(input_ids=input_ids, use_cache=False, **extra).logits
 
     @contextmanager
-    def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor) -> Iterator[_Batch]:
+    def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor, prompt: Tensor | None) -> Iterator[_Batch]:
         size, width = input_ids.shape
         supervised = labels[:, 1:] != -100
+        if prompt is not None:  # logits exist where something is predicted: here the prompt's too
+            supervised = supervised | prompt[:, 1:]
         rows, columns = supervised.nonzero(as_tuple=True)
         counts = supervised.sum(1)
         starts = torch.cumsum(counts, 0) - counts
@@ -358,6 +390,7 @@ class GradientEngine:
             ),
             zeros.clone(),
             zeros.clone(),
+            prompt=prompt,
         )
         self._expected.clear()
         self._pending.clear()
@@ -368,25 +401,36 @@ class GradientEngine:
             self._expected.clear()
             self._pending.clear()
 
-    def _loss(self, logits: Float[Tensor, "1 S V"], labels: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, logits: Float[Tensor, "1 S V"], labels: Int[Tensor, "B T"], input_ids: Int[Tensor, "B T"]
+    ) -> tuple[Tensor, Tensor]:
         """Losses [B] in float64 and the slope of their sum at the logits [S, V] (softmax minus one-hot, over T_i)."""
         assert self._batch is not None
-        supervised = labels[:, 1:] != -100
-        targets = labels[:, 1:][supervised]
-        rows = supervised.nonzero()[:, 0]
+        supervised, prompt = labels[:, 1:] != -100, self._batch.prompt
         counts = supervised.sum(1)
+        seen = supervised if prompt is None else supervised | prompt[:, 1:]
+        targets = torch.where(supervised, labels[:, 1:], input_ids[:, 1:])[seen]
+        rows = seen.nonzero()[:, 0]
         wide = logits.detach()[0]
         wide = wide if wide.dtype == torch.float64 else wide.float()
         log_norm = torch.logsumexp(wide, -1)
         nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
-        loss = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device).index_add_(0, rows, nats) / counts
+        zeros = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device)
+        if prompt is None:
+            loss = zeros.index_add(0, rows, nats) / counts
+        else:
+            own = supervised[seen]
+            loss = zeros.index_add(0, rows[own], nats[own]) / counts
+            total = zeros.index_add(0, rows[~own], nats[~own])
+            self._batch.prompt_loss = total / (seen & ~supervised).sum(1).clamp_min(1)
         if not torch.is_grad_enabled():
             return loss, wide
         slope = torch.exp(wide - log_norm[:, None])
         slope[torch.arange(len(targets), device=targets.device), targets] -= 1
         # A row whose loss is not finite is reported by its loss; it must not poison its own status with NaN slopes.
         weight = torch.where(loss.isfinite(), 1.0 / counts.double(), torch.zeros_like(loss))
-        slope = torch.nan_to_num(slope) * weight[rows, None].to(slope.dtype)
+        weight = weight[rows] if prompt is None else weight[rows] * supervised[seen]
+        slope = torch.nan_to_num(slope) * weight[:, None].to(slope.dtype)
         return loss, slope
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from gradsift.errors import ConfigError, NumericsError, SignalError
+from gradsift.geometry.checkpoints import Warmup
 from gradsift.geometry.trust import Prior
 from gradsift.methods.audit import NO_CUT, build_selection, refuse_empty, select_ranked
 from gradsift.methods.taking import Allowance, Taken, refuse_empty_pool, resolve_budget, shortage_note, take_ranked
 from gradsift.seeds import Stream
-from gradsift.types import SIGNALS, Budget, Problem, Selection
+from gradsift.types import SIGNALS, Budget, Column, Problem, Selection
 
 __all__ = [
     "NO_CUT",
@@ -42,8 +43,8 @@ __all__ = [
     "take_ranked",
 ]
 
-FORWARD_SIGNALS = frozenset({"loss", "embedding"})
-TEXT_SIGNALS = frozenset({"lexical", "likeness"})
+FORWARD_SIGNALS = frozenset({"loss", "embedding", "prompt_loss", "alone_loss", "hidden"})
+TEXT_SIGNALS = frozenset({"lexical", "likeness", "num_prompt", "importance"})
 PROBE_SIGNALS = frozenset({"held_out_loss"})
 GRADIENT_SIGNALS = frozenset(SIGNALS) - FORWARD_SIGNALS - TEXT_SIGNALS - PROBE_SIGNALS
 
@@ -59,6 +60,12 @@ class Needs:
         constrains: the method constrains on anchors, so weak ones need ``allow_weak_anchor``.
         probes: which rows short trainings of the navigator learn from, or None where none are trained.
         rollouts: short trainings of the navigator on schedules that the method makes, measured on held-out rows.
+        domains: pool rows of at least two given labels.
+        proxy: a training of the navigator that is measured round by round and whose mixture the method steers.
+        columns: columns of the raw rows; a pool without them is refused before a model loads.
+        layers: which layers' hidden states, rising; given exactly when ``hidden`` is a signal.
+        texts: prompt and response of every row as plain text, and ``num_prompt``.
+        warmup: the navigator is trained on the pool first, and measured at checkpoints of that; None measures it as it is.
     """
 
     signals: frozenset[str] = frozenset()
@@ -67,20 +74,37 @@ class Needs:
     constrains: bool = False
     probes: Prior | None = None
     rollouts: bool = False
+    domains: bool = False
+    proxy: bool = False
+    columns: tuple[Column, ...] = ()
+    layers: tuple[int, ...] = ()
+    texts: bool = False
+    warmup: Warmup | None = None
 
     def __post_init__(self) -> None:
+        if bool(self.layers) != ("hidden" in self.signals):
+            raise ValueError("layers are named exactly when hidden states are a signal")
         if (self.probes is not None) != bool(self.signals & PROBE_SIGNALS):
             raise ValueError("probes are named exactly when a signal needs them")
+
+    @property
+    def gradients(self) -> bool:
+        """Whether a signal needs a backward pass."""
+        return bool(self.signals & GRADIENT_SIGNALS)
 
     @property
     def cost_class(self) -> str:
         """What measuring takes, the dearest part.
 
         ``text`` no model, ``forward`` one forward per row, ``probe`` one forward and several short trainings,
-        ``gradient`` one forward and backward per row (and the probes or roll-outs, where there are any).
+        ``proxy`` one forward and one training of the navigator in rounds, ``gradient`` one forward and backward per row
+        (and the probes, roll-outs or proxy, where there are any), ``trained`` a training of the navigator on the pool before
+        that, and such a pass per checkpoint.
         """
-        if self.signals & GRADIENT_SIGNALS:
-            return "gradient"
+        if self.gradients:
+            return "trained" if self.warmup is not None and self.warmup.epochs else "gradient"
+        if self.proxy:
+            return "proxy"
         if self.probes is not None:
             return "probe"
         return "forward" if self.signals & FORWARD_SIGNALS else "text"
@@ -93,6 +117,7 @@ class Method(Protocol):
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    evidence: ClassVar[str]
 
     @property
     def needs(self) -> Needs:
@@ -209,6 +234,16 @@ def require(problem: Problem, method: Method) -> None:
                 expected=f"a store that holds {name}",
                 do="collect again with the same --out",
             )
+    _require_text(problem, method)
+    _require_checkpoints(problem, method)
+    if method.needs.proxy and problem.proxy is None:
+        raise SignalError(
+            f"{method.name} needs a proxy run of the navigator",
+            where="the problem",
+            got="no proxy",
+            expected="a navigator in training",
+            do="run it by gradsift select or gradsift compare",
+        )
     if method.needs.rollouts and problem.learner is None:
         raise SignalError(
             f"{method.name} needs roll-outs of the navigator",
@@ -228,9 +263,41 @@ def require(problem: Problem, method: Method) -> None:
         )
 
 
+def _require_text(problem: Problem, method: Method) -> None:
+    """Columns, texts and layers: what is asked for by more than a signal's name."""
+    missing = [f"column {c.name}" for c in method.needs.columns if c.name not in problem.external]
+    missing += ["texts"] if method.needs.texts and not problem.texts else []
+    missing += [f"hidden layer {n}" for n in method.needs.layers if problem.hidden is not None
+                and n not in problem.hidden_layers]  # fmt: skip
+    if missing:
+        raise SignalError(
+            f"{method.name} needs what the rows do not have: {', '.join(missing)}",
+            where="the problem",
+            got="not there",
+            do="run it by gradsift select on rows that have it",
+        )
+
+
+def _require_checkpoints(problem: Problem, method: Method) -> None:
+    warmup = method.needs.warmup
+    if warmup is None or warmup.direction == "none":
+        return
+    found = len(problem.checkpoints)
+    if found != warmup.num_checkpoints:
+        raise SignalError(
+            f"{method.name} needs the rows' directions at checkpoints of a warm-up",
+            where="the problem",
+            got=f"{found} checkpoints",
+            expected=f"{warmup.num_checkpoints}",
+            do="run it by gradsift select or gradsift compare",
+        )
+
+
 def _require_directions(problem: Problem, method: Method) -> None:
     # Probes compare with the losses of anchor rows and need no direction.
     given = problem.anchor_loss is not None and problem.anchor_loss.size if method.needs.probes else problem.anchors
+    if method.needs.proxy:  # anchors are tasks of the training, whose rows need no direction
+        given = given or (problem.proxy is not None and len(problem.proxy.tasks) > 1)
     if method.needs.anchors and not given:
         raise SignalError(
             f"{method.name} needs at least one protect anchor",
@@ -239,7 +306,7 @@ def _require_directions(problem: Problem, method: Method) -> None:
             do="give one: --anchor NAME=PATH",
         )
     # BM25 compares with the target's words: it needs the rows of a target, not their gradient.
-    if method.needs.target and method.needs.cost_class == "gradient" and problem.target is None:
+    if method.needs.target and method.needs.gradients and problem.target is None:
         raise SignalError(f"{method.name} needs a target", where="target", got="none", do="give one: --target PATH")
     if method.needs.target and "embedding" in method.needs.signals and problem.target_embedding is None:
         raise SignalError(

@@ -34,6 +34,7 @@ class Bm25:
     name: ClassVar[str] = "bm25"
     paper: ClassVar[str] = "Robertson and Zaragoza 2009"
     summary: ClassVar[str] = "rows that share words with the target set; no model"
+    evidence: ClassVar[str] = "code"
 
     @property
     def needs(self) -> Needs:

@@ -131,6 +131,7 @@ class Conflict:
     name: ClassVar[str] = "conflict"
     paper: ClassVar[str] = "ours, after Lopez-Paz and Ranzato 2017, arXiv 1706.08840"
     summary: ClassVar[str] = "drops rows that oppose an anchor; the rest by target cosine, or at random"
+    evidence: ClassVar[str] = "ours"
 
     @property
     def needs(self) -> Needs:

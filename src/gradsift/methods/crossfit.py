@@ -62,6 +62,7 @@ class Crossfit:
     name: ClassVar[str] = "crossfit"
     paper: ClassVar[str] = "ours, after co-teaching (arXiv 1804.06872) and cross-fitting (arXiv 1608.00060)"
     summary: ClassVar[str] = "domain rows of low loss under probes trained on other rows, and rows the model knows"
+    evidence: ClassVar[str] = "ours"
 
     prior_share: Share = 0.53
     max_copies: Annotated[int, Field(ge=1)] = 3

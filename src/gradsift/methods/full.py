@@ -30,6 +30,7 @@ class Full:
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "all eligible rows; ignores the budget"
+    evidence: ClassVar[str] = "control"
 
     @property
     def needs(self) -> Needs:

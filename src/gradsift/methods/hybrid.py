@@ -125,6 +125,7 @@ class Hybrid:
     name: ClassVar[str] = "hybrid"
     paper: ClassVar[str] = "ours, after Zhang et al. 2026, arXiv 2602.06359"
     summary: ClassVar[str] = "drops the worst conflict, then highest target gain with a cap per cluster"
+    evidence: ClassVar[str] = "ours"
 
     @property
     def needs(self) -> Needs:

@@ -39,6 +39,7 @@ class Length:
     name: ClassVar[str] = "length"
     paper: ClassVar[str] = "Zhao et al. 2024, arXiv 2402.04833"
     summary: ClassVar[str] = "longest (or shortest) trained spans first"
+    evidence: ClassVar[str] = "abstract"
 
     @property
     def needs(self) -> Needs:

@@ -71,6 +71,7 @@ class Loss:
     name: ClassVar[str] = "loss"
     paper: ClassVar[str] = "Marion et al. 2023, arXiv 2309.04564"
     summary: ClassVar[str] = "lowest, middle or highest loss of the navigator"
+    evidence: ClassVar[str] = "abstract"
 
     @property
     def needs(self) -> Needs:

@@ -42,6 +42,7 @@ class Norm:
     name: ClassVar[str] = "norm"
     paper: ClassVar[str] = "Paul et al. 2021, arXiv 2107.07075"
     summary: ClassVar[str] = "smallest, middle or largest gradient norm"
+    evidence: ClassVar[str] = "abstract"
 
     @property
     def needs(self) -> Needs:

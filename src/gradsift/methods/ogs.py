@@ -57,6 +57,7 @@ class Ogs:
     name: ClassVar[str] = "ogs"
     paper: ClassVar[str] = "arXiv 2602.06359 (abstract); the process is ours"
     summary: ClassVar[str] = "a constrained policy over clusters, learned and confirmed on roll-outs of the navigator"
+    evidence: ClassVar[str] = "abstract + summaries + ours"
 
     allowed_rise: Annotated[float, Field(gt=0)] = 0.01
     allowed_nats: Annotated[float, Field(gt=0)] | None = None

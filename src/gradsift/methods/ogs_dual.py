@@ -57,6 +57,7 @@ class OgsDual:
     name: ClassVar[str] = "ogs_dual"
     paper: ClassVar[str] = "ours, after arXiv 2602.06359"
     summary: ClassVar[str] = "most target gain whose summed update opposes no anchor, with certificate"
+    evidence: ClassVar[str] = "ours"
 
     metric: Literal["raw"] = "raw"
     scale: Literal["clipped", "raw", "unit"] = "clipped"

@@ -81,6 +81,7 @@ class OgsStatic:
     name: ClassVar[str] = "ogs_static"
     paper: ClassVar[str] = "after Zhang et al. 2026, arXiv 2602.06359"
     summary: ClassVar[str] = "gradients most orthogonal to the mean anchor"
+    evidence: ClassVar[str] = "abstract + summaries"
 
     @property
     def needs(self) -> Needs:

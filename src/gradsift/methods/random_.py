@@ -50,6 +50,7 @@ class Random:
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "random draw by id, optionally matched to the pool's lengths or balanced over sources"
+    evidence: ClassVar[str] = "control"
 
     @property
     def needs(self) -> Needs:

@@ -53,6 +53,7 @@ class Rds:
     name: ClassVar[str] = "rds"
     paper: ClassVar[str] = "Ivison et al. 2025, arXiv 2503.01807 (RDS+)"
     summary: ClassVar[str] = "nearest hidden states: each target row in turn takes its closest row"
+    evidence: ClassVar[str] = "abstract"
 
     aggregate: Literal["round_robin", "mean", "max"] = "round_robin"
 

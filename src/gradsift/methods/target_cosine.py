@@ -33,6 +33,7 @@ class TargetCosine:
     name: ClassVar[str] = "target_cosine"
     paper: ClassVar[str] = "after Xia et al. 2024, arXiv 2402.04333"
     summary: ClassVar[str] = "highest gradient cosine with the target set"
+    evidence: ClassVar[str] = "ours"
 
     @property
     def needs(self) -> Needs:

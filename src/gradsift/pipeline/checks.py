@@ -49,11 +49,15 @@ def batch_checks(problem: Problem, selection: Selection, seed: int) -> dict[str,
                  "p95": high, "predicted": float(got.predicted[m])}
             )  # fmt: skip
 
-    def whole(some: np.ndarray) -> np.ndarray:
+    def whole(some: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        if weights is not None and (weights != 1).any():
+            each = weights.astype(np.float64)
+            total = each @ problem.sketch[some].astype(np.float64)  # type: ignore[index]
+            return each @ dots[some] / max(float(np.linalg.norm(total)), 1e-300)
         total = problem.sketch[some].sum(0, dtype=np.float64)  # type: ignore[index]
         return dots[some].sum(0) / max(float(np.linalg.norm(total)), 1e-300)
 
-    chosen, every = whole(rows), whole(np.arange(problem.size))
+    chosen, every = whole(rows, selection.weights), whole(np.arange(problem.size))
     sets = [{"anchor": n, "selected": float(chosen[m]), "pool": float(every[m])} for m, n in enumerate(names)]
     return {"batch_check": table, "set_conflict": sets}
 

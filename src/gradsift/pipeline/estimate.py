@@ -19,6 +19,7 @@ from gradsift.pipeline.measure import measured_rows, wants_gradients
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.progress import Clock, Progress
+from gradsift.pipeline.warm import num_warmup_tokens
 from gradsift.recipe import Recipe, parse_budget
 
 REACHED = 0.6  # share of a matrix product's speed that a forward and backward of a whole model reaches on a CPU
@@ -44,6 +45,8 @@ class Plan:
         num_probes: short trainings.
         trained_by_probes: tokens they train on, repeats included.
         judged_by_probes: tokens they send forward afterwards.
+        warmup_tokens: tokens that the navigator is trained on before the pass.
+        num_passes: passes over the pool, one per checkpoint.
     """
 
     rows: dict[str, int]
@@ -60,6 +63,8 @@ class Plan:
     num_probes: int = 0
     trained_by_probes: int = 0
     judged_by_probes: int = 0
+    warmup_tokens: int = 0
+    num_passes: int = 1
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Give the plan as (part, estimate) pairs for a table.
@@ -73,6 +78,11 @@ class Plan:
         yield "budget", f"{self.budget} of {self.rows['pool']:,} rows with {self.trained:,} trained tokens"
         kind = "forward" if self.cost == "probe" else self.cost
         yield "navigator", f"{self.num_parameters / 1e6:.1f}M weights, one {kind} pass"
+        if "active anchors" in self.tokens:
+            yield "active anchors", f"{self.tokens['active anchors']:,} tokens to measure before they are chosen"
+        if self.warmup_tokens:
+            passes = f", and {self.num_passes} passes" if self.num_passes > 1 else ""
+            yield "warm-up", f"{self.warmup_tokens:,} tokens to train the navigator on first{passes}"
         if self.num_probes:
             trained, judged = f"{self.trained_by_probes:,} tokens to train on", f"{self.judged_by_probes:,} to judge"
             yield "probes", f"{self.num_probes} short trainings: {trained}, {judged}"
@@ -117,12 +127,17 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         measured |= {s.name: sum(row.num_tokens for row in s.usable) for s in prepared.directions}
     elif "embedding" in method.needs.signals and prepared.target is not None:
         measured[prepared.target.name] = sum(row.num_tokens for row in prepared.target.usable)
+    if "alone_loss" in method.needs.signals:  # a forward of its own, over the trained tokens
+        measured["answers alone"] = sum(row.num_trained + 1 for row in measured_rows(prepared))
     if method.needs.probes is not None:
         measured |= {s.name: sum(row.num_tokens for row in s.usable) for s in prepared.anchors}
+    if cost == "gradient" and recipe.active_anchors is not None:  # one more pass, over all their rows and the target's
+        measured["active anchors"] = sum(measured[s.name] for s in prepared.directions)
     lora = recipe.navigator.parameters == "lora"
     num_probes, trained, judged = _probes(prepared)
+    warmed, passes = _warmup(prepared)
     products = {"text": 0, "forward": 2, "probe": 2, "gradient": 4 if lora else 6.5}[cost]
-    work = products * sum(measured.values()) + (4 if lora else 6) * trained + 2 * judged
+    work = products * passes * sum(measured.values()) + (4 if lora else 6) * (trained + warmed) + 2 * judged
     seconds = counts * work / (REACHED * product_speed()) if measured else 0.0
     roles = (prepared.pool, *prepared.directions)
     return Plan(
@@ -140,7 +155,18 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         num_probes=num_probes,
         trained_by_probes=trained,
         judged_by_probes=judged,
+        warmup_tokens=warmed,
+        num_passes=passes,
     )
+
+
+def _warmup(prepared: Prepared) -> tuple[int, int]:
+    """Tokens that the navigator is trained on first, and passes over the pool."""
+    warmup = prepared.method.needs.warmup
+    if warmup is None:
+        return 0, 1
+    passes = 1 if warmup.direction == "none" else warmup.num_checkpoints
+    return num_warmup_tokens(measured_rows(prepared), warmup, prepared.recipe.seed), passes
 
 
 def _probes(prepared: Prepared) -> tuple[int, int, int]:
@@ -206,15 +232,17 @@ def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
     activations = tokens * layers * width * 16 * size + tokens * vocabulary * 4 * 3
     chosen = weights // 20 if lora else weights
     directions = 2 * len(prepared.directions) * chosen * 4 if cost == "gradient" else 0
-    # A probe keeps the starting weights, a gradient and the two moments of AdamW of what it trains.
-    learner = 4 * chosen * 4 if prepared.method.needs.probes is not None else 0
+    # A probe keeps the starting weights, a gradient and the two moments of AdamW of what it trains; so does a warm-up.
+    learns = prepared.method.needs.probes is not None or prepared.method.needs.warmup is not None
+    learner = 4 * chosen * 4 if learns else 0
     return (500 << 20) + weights * size + activations + directions + learner
 
 
 def _disk(prepared: Prepared, cost: str) -> int:
-    sketch = 2 * prepared.recipe.collect.sketch_dim if cost == "gradient" else 0
+    sketch = 2 * prepared.recipe.collect.sketch_dim * _warmup(prepared)[1] if cost == "gradient" else 0
     embeds = "embedding" in prepared.method.needs.signals or prepared.recipe.collect.signals == "all"
-    embedding = 4 * _width(prepared) if embeds else 0
+    layers = len(prepared.method.needs.layers)
+    embedding = 4 * _width(prepared) * (embeds + layers)
     return 0 if cost == "text" else len(measured_rows(prepared)) * (sketch + embedding + BYTES_PER_ROW)
 
 

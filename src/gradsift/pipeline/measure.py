@@ -16,6 +16,7 @@ from jaxtyping import Float
 from gradsift.data.batches import plan_shards
 from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.geometry.anchors import split_half
+from gradsift.geometry.checkpoints import Warmup
 from gradsift.gradients.collect import (
     CODE_VERSION,
     Pass,
@@ -34,14 +35,24 @@ from gradsift.gradients.directions import (
 )
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import VERSION, Projector
-from gradsift.gradients.warmup import warmed_adapter
 from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
 from gradsift.models.adapter import adapter_sha256, attach_lora
 from gradsift.models.load import Navigator, load_navigator
 from gradsift.models.parameters import Coverage, Parameters, choose_parameters, coverage
+from gradsift.pipeline.active import activate
 from gradsift.pipeline.embedding import embed_target, wants_embedding
+from gradsift.pipeline.forward import told_apart, wanted_extras
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
+from gradsift.pipeline.warm import (
+    At,
+    bend_engine,
+    direction_noise,
+    enter_checkpoint,
+    spec_at,
+    target_sketches,
+    train_navigator,
+)
 from gradsift.seeds import stream
 from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore, open_store
@@ -69,6 +80,11 @@ class Measurement:
         notes: remarks for the report.
         target_embedding: float32 [n_t, d] embeddings of the target's rows in id order, or None.
         direction_sketch: float32 [K, D] sketches of the unit directions, or None without gradients.
+        target_sketch: float32 [n_t, D] sketches of the target rows' gradients in id order; None unless rows' directions are
+            kept.
+        direction_noise: bound on a cosine of two unit sketches, where rows' directions are kept.
+        checkpoints: passes at the checkpoints of a warm-up (:mod:`gradsift.pipeline.checkpoints`).
+        warmup: facts of the training before, or None.
     """
 
     navigator: Navigator
@@ -82,6 +98,10 @@ class Measurement:
     notes: tuple[Note, ...]
     target_embedding: Float[np.ndarray, "n_t d"] | None = None
     direction_sketch: Float[np.ndarray, "K D"] | None = None
+    target_sketch: Float[np.ndarray, "n_t D"] | None = None
+    direction_noise: float = 0.0
+    checkpoints: tuple[Any, ...] = ()
+    warmup: Mapping[str, Any] | None = None
 
 
 def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
@@ -97,13 +117,14 @@ def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
     return tuple(row for row in prepared.pool.usable if row.id not in copies)
 
 
-def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
+def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -> Measurement:
     """Measure every usable pool row, resuming what an earlier run committed.
 
     Args:
         prepared: the run's inputs.
         out: the run folder.
         clock: timing and progress.
+        at: the checkpoint of a warm-up, and what is kept of every row there; None for the navigator as it is.
 
     Returns:
         The signals and what is known of the directions.
@@ -119,20 +140,31 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         _check_fit(prepared, navigator)
     rows = measured_rows(prepared)
     model: Any = navigator.model
-    if recipe.navigator.parameters == "lora" and gradients:
+    if at is not None and at.checkpoint is not None:
+        with clock.stage("adapter"):
+            model, remark = enter_checkpoint(prepared, navigator, at.checkpoint)
+            notes += remark
+    elif recipe.navigator.parameters == "lora" and gradients:
         with clock.stage("adapter"):
             model, remark = with_adapter(prepared, navigator, rows, out, clock)
             notes += remark
     parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
+    active = activate(prepared, navigator, model, parameters.names if gradients else (), out, clock)
+    prepared, notes = active.prepared, [*notes, *active.notes]
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
     embeds = wants_embedding(prepared, out)
     engine = GradientEngine(model, parameters.names if gradients else (), projector=projector, embedding=embeds)
     covered = coverage(parameters, engine.blocks if gradients else parameters.names)
     notes += _coverage_note(covered)
-    spec = _spec(prepared, navigator, model, parameters, gradients, embeds)
-    folder = store_folder(out / "signals", spec)
+    extras = wanted_extras(prepared, model, out)
+    prepared, rows = told_apart(prepared, extras, rows)
+    spec = _spec(prepared, navigator, model, parameters, gradients, (*(["embedding"] if embeds else []), *extras.names))
+    spec = spec if at is None else spec_at(spec, at)
+    folder = store_folder(out / ("signals" if at is None else at.signals), spec)
     built = _directions(prepared, model, parameters, folder, clock, embeds) if gradients else []
     attach(engine, built)
+    if at is not None:
+        bend_engine(engine, at)
     run = Pass(
         engine,
         tuple(d.name for d in built),
@@ -140,6 +172,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         prepared.pad_id,
         gradients,
         lambda n, tokens: clock.tick("collect", n, tokens),
+        extras,
     )
     target_embedding = embed_target(prepared, run, built, folder, clock) if embeds else None
     _collect(prepared, run, rows, folder, spec, clock)
@@ -161,12 +194,28 @@ def measure(prepared: Prepared, out: Path, clock: Clock) -> Measurement:
         tuple(notes),
         target_embedding,
         sketch_directions(built) if built else None,
+        *_directions_kept(prepared, at, run, rows, built, store, folder),
     )
+
+
+def _directions_kept(
+    prepared: Prepared,
+    at: At | None,
+    run: Pass,
+    rows: Sequence[TokenRow],
+    built: Sequence[BuiltDirection],
+    store: SignalStore,
+    folder: Path,
+) -> tuple[Float[np.ndarray, "n_t D"] | None, float]:
+    """The target rows' gradients and the bound on cosines with a row's direction, where directions are kept."""
+    if at is None or at.form == "none":
+        return None, 0.0
+    return target_sketches(built, prepared), direction_noise(run, rows, store, folder, prepared.recipe.seed)
 
 
 def wants_gradients(prepared: Prepared) -> bool:
     """Tell whether the pass needs a backward: the method's signals, or all of them."""
-    return prepared.recipe.collect.signals == "all" or prepared.method.needs.cost_class == "gradient"
+    return prepared.recipe.collect.signals == "all" or prepared.method.needs.gradients
 
 
 def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
@@ -216,18 +265,12 @@ def with_adapter(
             "--set navigator.lora.warmup_share=0.05 trains it on a share of the pool first"
         )
         return attach_lora(navigator.model, lora, seed), [Note("lora_at_start", text)]
-    warmed = warmed_adapter(
-        navigator.model,
-        lora,
-        seed,
-        rows,
-        out / "adapter",
-        tokens_per_batch=prepared.recipe.collect.tokens_per_batch,
-        pad_id=prepared.pad_id,
-        tick=lambda n, tokens: clock.tick("adapter", n, tokens),
+    model = attach_lora(navigator.model, lora, seed)
+    warmed = train_navigator(
+        prepared, navigator, model, rows, Warmup(lora.warmup_share), out, clock, lr=lora.warmup_lr, stage="adapter"
     )
     text = f"the adapter was trained on {warmed.num_rows} pool rows before measuring"
-    return warmed.model, [Note("lora_warmed", text, warmed.num_rows)]
+    return model, [Note("lora_warmed", text, warmed.num_rows)]
 
 
 def _coverage_note(covered: Coverage) -> list[Note]:
@@ -241,10 +284,15 @@ def _coverage_note(covered: Coverage) -> list[Note]:
 
 
 def _spec(
-    prepared: Prepared, navigator: Navigator, model: nn.Module, parameters: Parameters, gradients: bool, embeds: bool
+    prepared: Prepared,
+    navigator: Navigator,
+    model: nn.Module,
+    parameters: Parameters,
+    gradients: bool,
+    more: Sequence[str],
 ) -> GradientSpec:
     recipe = prepared.recipe
-    signals = ["loss", "embedding"] if embeds else ["loss"]
+    signals = ["loss", *more]
     if gradients:
         signals += ["grad_norm", "emb_grad_norm", "head_grad_norm", "sketch"]
         signals += ["dots"] if prepared.directions else []
@@ -373,6 +421,7 @@ def _one_row(store: SignalStore, directions: tuple[str, ...]) -> Callable[[str],
             dots=dots[at],
             directions=directions,
             embedding=store.embedding([row]) if embeds and store.status[one].usable else None,
+            extra={n: store.extra(n, [row]) for n in store.spec.extras} if store.status[one].usable else {},
         )
 
     return look_up

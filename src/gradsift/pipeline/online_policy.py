@@ -10,9 +10,10 @@ from gradsift.pipeline.measure import measured_rows, with_adapter
 from gradsift.pipeline.online_ready import Ready
 from gradsift.pipeline.progress import Clock
 from gradsift.policy.bandits import EpsilonGreedy, Exp3, Thompson
-from gradsift.policy.episodes import Policy, Terms
+from gradsift.policy.episodes import Terms
 from gradsift.policy.plan import program_of, solve
 from gradsift.policy.planned import DualPlan, PricedRounds
+from gradsift.policy.play import Policy
 from gradsift.policy.simple import SizeProportional, Uniform
 from gradsift.train.refresh import Rescorer
 from gradsift.train.rescore import RescoreConfig

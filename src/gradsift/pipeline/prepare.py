@@ -7,13 +7,16 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gradsift.data.columns import read_columns
 from gradsift.data.pool import Pool, read_pool
 from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
 from gradsift.errors import ConfigError, DataError
 from gradsift.methods import Method
 from gradsift.models.load import load_tokenizer
 from gradsift.models.resolve import Resolved, resolve_navigator
+from gradsift.pipeline.forward import reads_prompts
 from gradsift.pipeline.progress import Clock
+from gradsift.pipeline.warm_check import check_warmup
 from gradsift.recipe import Recipe, SourceConfig
 from gradsift.seeds import stream
 from gradsift.store.spec import content_hash, set_hash
@@ -122,6 +125,14 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="a small set of rows like those the model must get better at",
             do="add --target PATH",
         )
+    if recipe.active_anchors is not None and (recipe.target is None or not recipe.anchors):
+        raise ConfigError(
+            "active anchors are chosen by their cosine with the target",
+            where="active_anchors",
+            got="no target" if recipe.target is None else "no anchor",
+            expected="a target and at least one anchor",
+            do="give both, or leave active_anchors out",
+        )
     if recipe.general and not needs.rollouts:
         raise ConfigError(
             f"{method.name} does not decide about replay",
@@ -130,7 +141,19 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="a method that chooses general rows (ogs)",
             do="leave --general out, and mix replay in at training: gradsift train --replay",
         )
-    if needs.rollouts and recipe.navigator.dtype == "bfloat16" and recipe.navigator.parameters != "lora":
+    if needs.domains and len(recipe.pool) < 2:
+        raise ConfigError(
+            f"{method.name} needs a pool of at least two labels: they are its domains",
+            where="--pool",
+            got=", ".join(source.label for source in recipe.pool),
+            expected="--pool medical=a.jsonl --pool law=b.jsonl",
+            do="give several labeled files, or --set domains=cluster",
+        )
+    if (
+        (needs.rollouts or needs.proxy)
+        and recipe.navigator.dtype == "bfloat16"
+        and recipe.navigator.parameters != "lora"
+    ):
         raise ConfigError(
             "roll-outs cannot train bfloat16 weights: rounding swallows their steps",
             where="navigator.dtype",
@@ -138,6 +161,7 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="float32, or an adapter",
             do="--set navigator.dtype=float32 or --set navigator.parameters=lora",
         )
+    check_warmup(recipe, method)
     taken = {source.label for source in recipe.anchors} & {"target"}
     if taken:
         raise ConfigError("an anchor may not be called target", where="--anchor", do="give it another name")
@@ -177,11 +201,25 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
         shapes: set[Shape] = {row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None}
         rule = mask_rule(tokenizer, recipe.data.loss_on, shapes)
         sources = [
-            Source(role, name, pool, tokenize_rows(pool.rows, tokenizer, rule, max_length=recipe.data.max_length))
+            Source(
+                role,
+                name,
+                pool,
+                tokenize_rows(
+                    pool.rows,
+                    tokenizer,
+                    rule,
+                    max_length=recipe.data.max_length,
+                    find_template=role == "pool" and reads_prompts(method.needs),
+                ),
+            )
             for role, name, pool in pools
         ]
     for source in sources:
         _refuse_unusable(source)
+    read_columns(
+        sources[0].pool, [row.id for row in sources[0].usable], method.needs.columns
+    )  # refuses before a model loads
     by_role: dict[str, list[Source]] = {role: [s for s in sources if s.role == role] for role in ("anchor", "target")}
     prepared = Prepared(
         recipe,

@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 from gradsift.data.lexical import lexical_scores
 from gradsift.data.show import plain_text
+from gradsift.pipeline.checkpoints import checkpoint_fields
+from gradsift.pipeline.forward import extra_fields, text_fields
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.probe import Probed
@@ -61,6 +63,7 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         "likeness": _likeness(prepared, rows),
         "general": tuple(source.label for source in prepared.recipe.general),
         **_probed(probed, rows),
+        **text_fields(prepared, rows),
     }
     if measured is None:
         return Problem(**common)
@@ -80,7 +83,7 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         target_dot=store.dots([target.name])[at, 0] if target else None,
         gram=measured.gram if measured.directions else None,
         direction_sketch=measured.direction_sketch,
-        sketch=store.gather(originals)[at] if "sketch" in signals else None,
+        sketch=store.gather(originals)[at] if "sketch" in signals and store.spec.direction == "raw" else None,
         emb_grad_norm=store.emb_grad_norm[at] if "emb_grad_norm" in signals else None,
         head_grad_norm=store.head_grad_norm[at] if "head_grad_norm" in signals else None,
         anchors=tuple(anchors),
@@ -89,6 +92,8 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         target_embedding=measured.target_embedding if embeds else None,
         target_ids=tuple(sorted(row.id for row in prepared.target.usable)) if embeds and prepared.target else (),
         noise=measured.noise,
+        **checkpoint_fields(prepared, measured, originals, at),
+        **extra_fields(prepared, store, originals, at),
     )
 
 

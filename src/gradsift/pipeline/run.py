@@ -13,19 +13,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gradsift.data.export import write_selected
+from gradsift.data.export import write_mixture, write_selected
 from gradsift.errors import ConfigError
 from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
 from gradsift.methods import make_method
 from gradsift.pipeline.audit import audit_table, with_probes, write_audit
+from gradsift.pipeline.checkpoints import measure_trained
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
 from gradsift.pipeline.learner import NavigatorLearner
-from gradsift.pipeline.measure import Measurement, measure, refuse_weak
+from gradsift.pipeline.measure import Measurement, refuse_weak
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe import Probed, probe
 from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.problem import build_problem, eligible_rows
 from gradsift.pipeline.progress import Clock, Progress, Silent
+from gradsift.pipeline.proxy import NavigatorProxy
 from gradsift.recipe import Recipe, dump_recipe, parse_budget
 from gradsift.report.card import render_card
 from gradsift.seeds import stream
@@ -77,7 +79,7 @@ def select(
     make_folder(out)
     write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
     needs_model = method.needs.cost_class != "text" or recipe.collect.signals == "all"
-    measured = measure(prepared, out, clock) if needs_model else None
+    measured = measure_trained(prepared, out, clock) if needs_model else None
     if measured is not None:
         refuse_weak(prepared, {d.name: d for d in measured.directions})
     probed = None
@@ -88,6 +90,9 @@ def select(
         learner = NavigatorLearner(prepared, measured, eligible_rows(prepared, measured), out, clock)
     with clock.stage("select"):
         problem = dataclasses.replace(build_problem(prepared, measured, probed), learner=learner)
+        if method.needs.proxy and measured is not None:
+            proxy = NavigatorProxy(prepared, measured, eligible_rows(prepared, measured), out, clock)
+            problem = dataclasses.replace(problem, proxy=proxy)
         selection = method.select(problem, budget, stream(recipe.seed, f"select/{method.name}"))
         notes = (*prepared.notes, *(measured.notes if measured else ()), *(probed.notes if probed else ()))
         selection = dataclasses.replace(selection, notes=(*notes, *selection.notes))
@@ -147,13 +152,16 @@ def _write(
         "sketch": sketch_noise(problem),
         "probes": dict(probed.summary) if probed else None,
         "rollouts": problem.learner.summary() if problem.learner else None,
+        "warmup": dict(measured.warmup) if measured is not None and measured.warmup else None,
+        "proxy": problem.proxy.summary() if problem.proxy else None,
         "selection": _selection(selection),
         **batch_checks(problem, selection, prepared.recipe.seed),
         "cost": _cost(clock),
     }
     write_bytes_atomic(place / "README.md", render_card(manifest).encode("utf-8"))
     write_json_atomic(out / "manifest.json", manifest)
-    files = (*exported.paths, place / "audit.parquet", *details, place / "README.md", out / "manifest.json")
+    mixture = write_mixture(selection.mixture, place)
+    files = (*exported.paths, *mixture, place / "audit.parquet", *details, place / "README.md", out / "manifest.json")
     return files, manifest
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from gradsift.policy.calibration import Calibration, Rollout, calibrate
 from gradsift.policy.coordinates import Coordinates
 from gradsift.policy.curvature import Curvature
-from gradsift.policy.episodes import Episodes, Losses, Observation, Step, Table, Terms, play
+from gradsift.policy.episodes import Episodes, Losses, Observation, Step, Table, Terms
+from gradsift.policy.play import play
 from gradsift.policy.simulator import Simulator
 from gradsift.policy.validation import Validation, validate
 from gradsift.seeds import Stream

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gradsift.policy.calibration import Rollout
-from gradsift.policy.episodes import Episodes, Policy, play
+from gradsift.policy.episodes import Episodes
+from gradsift.policy.play import Policy, play
 from gradsift.seeds import Stream
 
 LEARNED = "ppo_lagrangian"

@@ -21,12 +21,13 @@ from gradsift.policy.bandits import EpsilonGreedy, Exp3, Thompson
 from gradsift.policy.calibration import Rollout
 from gradsift.policy.contest import LEARNED, Tried, best_of, compare_with, confirm, simulate
 from gradsift.policy.coordinates import Coordinates
-from gradsift.policy.episodes import Dynamics, Episodes, Policy, Table, Terms, play
+from gradsift.policy.episodes import Dynamics, Episodes, Table, Terms
 from gradsift.policy.kept import KEPT, KeptPolicy, kept_to_arrays, table_key
 from gradsift.policy.lookahead import Lookahead
 from gradsift.policy.mixture import fit_mixture
 from gradsift.policy.plan import Effects
 from gradsift.policy.planned import DualPlan, PricedRounds, RecedingDual, TightenedDual
+from gradsift.policy.play import Policy, play
 from gradsift.policy.ppo_lagrangian import Trained, from_arrays, to_arrays, train_policy
 from gradsift.policy.schedule import LearnConfig, Learner, Schedule
 from gradsift.policy.simple import Single, SizeProportional, Uniform

@@ -90,7 +90,7 @@ def deal(
 
 @dataclass
 class LearnedPolicy:
-    """A trained actor behind the interface of :class:`~gradsift.policy.episodes.Policy`.
+    """A trained actor behind the interface of :class:`~gradsift.policy.play.Policy`.
 
     Args:
         actor: float32 [P] parameters.

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-from gradsift.policy.episodes import Dynamics, Episodes, Observation, Policy, Step
+from gradsift.policy.episodes import Dynamics, Episodes, Observation, Step
 from gradsift.policy.plan import (
     TINY,
     ClusterProgram,
@@ -23,6 +23,7 @@ from gradsift.policy.plan import (
     tightened,
     whole_counts,
 )
+from gradsift.policy.play import Policy
 from gradsift.policy.simple import Scheduled, rows_left
 from gradsift.seeds import Stream
 

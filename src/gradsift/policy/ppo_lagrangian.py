@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from gradsift.errors import BudgetError, ConfigError, InfeasibleError, NumericsError
 from gradsift.policy.advantage import lagrangian_advantage
 from gradsift.policy.descent import Descent
-from gradsift.policy.episodes import Episodes, Observation, Step, play
+from gradsift.policy.episodes import Episodes, Observation, Step
 from gradsift.policy.learned import LearnedPolicy, deal
 from gradsift.policy.multiplier import start_multiplier, update_multiplier, violation
 from gradsift.policy.network import Shape, start_actor, start_critic
+from gradsift.policy.play import play
 from gradsift.policy.ppo_state import (
     Kept,
     Probe,

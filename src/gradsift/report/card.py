@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from gradsift.report.mixture import mixture_section
+
 LIMITS = """- Signals are first-order and were measured at the navigator's starting weights; training moves on.
 - Directions and cosines are the navigator's; whether a larger model shares them has to be checked on that model.
 - A selection is a proposal, not a result: compare it with a random draw of the same number of trained tokens.
@@ -40,6 +42,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
         _navigator(manifest),
         _directions(manifest),
         _notes(chosen),
+        mixture_section(manifest),
         "## Use",
         _use(manifest),
         "## Limits",

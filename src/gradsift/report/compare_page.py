@@ -8,6 +8,7 @@ from typing import Any
 
 from gradsift.compare import words as told
 from gradsift.compare.analysis import Analysis
+from gradsift.compare.applicable import inapplicable_rows
 from gradsift.compare.config import CompareConfig
 from gradsift.compare.written import write_seeds
 from gradsift.manifest import write_bytes_atomic
@@ -74,6 +75,7 @@ def render_html(config: CompareConfig, analysis: Analysis, manifest: Mapping[str
         kind_colors=charts.KIND_COLORS,
         seeds=write_seeds(config.seeds),
         missing=told.not_run(analysis.missing),
+        inapplicable=inapplicable_rows(analysis.missing),
         num_cells=sum(len(arm.seeds) for arm in analysis.arms),
     )  # fmt: skip
 

@@ -167,6 +167,7 @@ class SelectionEntry(Part):
     num_skipped: int = 0
     cut: CutEntry | None = None
     certificate: CertificateEntry | None = None
+    mixture: Named[float] = Field(default_factory=dict)
     notes: Listed[NoteEntry] = ()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 ABSENT = "not measured"
 # Stages of `gradsift select`, by the part of the bill that they stand on.
 STAGES = {
-    "collect": ("load", "adapter", "anchors", "target", "collect", "noise"),
+    "collect": ("load", "adapter", "active", "anchors", "target", "collect", "noise"),
     "probes": ("anchor_loss", "probe", "measuring"),
 }
 # Parts that only a policy has; each is listed, so that a missing figure is seen. A run of `ogs` times three of them
@@ -21,12 +21,14 @@ STAGES = {
 POLICY_PARTS = ("cluster", "simulator", "rollouts", "policy", "rescoring")
 TOGETHER = ("cluster", "simulator", "policy")
 WORDS = {
+    "warmup": "training the navigator",
     "collect": "measuring gradients",
     "probes": "training probes",
     "other": "reading, choosing, writing",
     "cluster": "clustering",
     "simulator": "fitting the simulator",
     "rollouts": "navigator roll-outs",
+    "proxy": "proxy runs of the navigator",
     "deciding": "clusters, simulator and policy",
     "policy": "training the policy",
     "rescoring": "rescoring online",
@@ -130,6 +132,9 @@ def _select_parts(manifest: Mapping[str, Any], given: Mapping[str, Mapping[str, 
     cost, rolled = manifest.get("cost", {}), manifest.get("rollouts")
     seconds, tokens = dict(cost.get("seconds", {})), cost.get("tokens", {})
     parts = []
+    if (warmed := manifest.get("warmup")) and "tokens" in warmed:  # what all calls trained, a stopped one included
+        seconds.pop("warmup", None)
+        parts.append(Part("warmup", warmed["seconds"], warmed["tokens"], warmed["flops"]))
     for name, stages in STAGES.items():
         spent = [seconds.pop(stage) for stage in stages if stage in seconds]
         if not spent:
@@ -144,6 +149,9 @@ def _select_parts(manifest: Mapping[str, Any], given: Mapping[str, Mapping[str, 
         known = _sum(given.get(name, {}).get("seconds") for name in TOGETHER) or 0.0
         # What the caller timed apart is not billed twice.
         parts.append(Part("deciding", max(0.0, seconds.pop("select", 0.0) - known), 0))
+    if proxied := manifest.get("proxy"):  # every round that was trained, those of a stopped call included
+        seconds.pop("proxy", None)
+        parts.append(Part("proxy", proxied["seconds"], proxied["tokens"], proxied["flops"]))
     # Reading and choosing send nothing through a model.
     return [*parts, Part("other", _sum(seconds.values()), 0, 0.0)]
 

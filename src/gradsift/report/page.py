@@ -13,6 +13,7 @@ from markupsafe import Markup
 from gradsift.manifest import write_bytes_atomic
 from gradsift.report import figures, policy_charts, policy_view, policy_words, view, words
 from gradsift.report.fields import Manifest, Shown
+from gradsift.report.mixture import mixture_lines
 from gradsift.report.run import Run, read_run
 from gradsift.report.svg import require_charts
 
@@ -85,6 +86,7 @@ def render_html(run: Run, *, redact: bool = False) -> str:
         shown_ids=SHOWN_IDS,
         reads=_reading(run.manifest),
         policy=_policy(run),
+        mixture=mixture_lines(run.manifest, view.sources(run.audit)),
     )
 
 

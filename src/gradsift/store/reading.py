@@ -12,7 +12,7 @@ from jaxtyping import Float, Float16, Float32, Int
 
 from gradsift.manifest import read_error, sha256_bytes
 from gradsift.store.ledger import SHARDS, Record, damage
-from gradsift.store.shards import COLUMNS, embedding_file, rows_file, sketch_file, unit_name
+from gradsift.store.shards import COLUMNS, embedding_file, extra_file, rows_file, sketch_file, unit_name
 from gradsift.store.spec import GradientSpec
 from gradsift.types import RowStatus
 
@@ -162,6 +162,26 @@ def map_embedding(folder: Path, record: Record) -> Float32[np.ndarray, "n d"]:
     array, name = _map_array(folder, record, embedding_file(record.unit), "float32")
     if array.ndim != 2 or len(array) != record.num_rows or array.dtype != np.float32:
         raise damage(folder, record, name, f"{array.dtype} {array.shape}", f"float32 of {record.num_rows} rows")
+    return array
+
+
+def map_extra(folder: Path, record: Record, name: str) -> Float[np.ndarray, "n ..."]:
+    """Memory-map one of a shard's extra signals; the caller has checked the file's hash with :func:`read_checked`.
+
+    Args:
+        folder: the store's folder.
+        record: the shard's record.
+        name: the signal.
+
+    Returns:
+        float64 [n] or float32 [n, d], read-only; NaN for rows that are not usable.
+
+    Raises:
+        StoreError: the file does not hold n numbers or vectors.
+    """
+    array, file = _map_array(folder, record, extra_file(record.unit, name), "floats")
+    if (array.ndim, array.dtype) not in ((1, np.float64), (2, np.float32)) or len(array) != record.num_rows:
+        raise damage(folder, record, file, f"{array.dtype} {array.shape}", f"floats of {record.num_rows} rows")
     return array
 
 

@@ -46,6 +46,7 @@ class ShardResult:
         directions: M names.
         sketch: float32 [n, D] sketches of the whole gradient, not yet divided by its norm, or None.
         embedding: float32 [n, d] pooled hidden states, or None.
+        extra: other signals by name: float64 [n] or float32 [n, d]; stored in files of their own.
     """
 
     ids: tuple[str, ...]
@@ -62,6 +63,7 @@ class ShardResult:
     directions: tuple[str, ...] = ()
     sketch: Float[np.ndarray, "n D"] | None = None
     embedding: Float[np.ndarray, "n d"] | None = None
+    extra: Mapping[str, Float[np.ndarray, "n ..."]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -72,6 +74,9 @@ class ShardResult:
                 raise ValueError(f"ShardResult.{name} has {len(getattr(self, name))} rows, expected {n}")
         if self.dots.shape != (n, len(self.directions)):
             raise ValueError(f"ShardResult.dots is {self.dots.shape}, expected {(n, len(self.directions))}")
+        for name, array in self.extra.items():
+            if len(array) != n:
+                raise ValueError(f"ShardResult.extra[{name!r}] has {len(array)} rows, expected {n}")
         for name in ("sketch", "embedding"):
             array = getattr(self, name)
             if array is not None and (array.ndim != 2 or len(array) != n):
@@ -100,7 +105,8 @@ class ShardResult:
         arrays = {name: getattr(self, name)[rows] for name in ("num_tokens", "num_trained", *COLUMNS, "dots")}
         sketch = None if self.sketch is None else self.sketch[rows]
         embedding = None if self.embedding is None else self.embedding[rows]
-        return dataclasses.replace(self, **texts, **arrays, sketch=sketch, embedding=embedding)
+        extra = {name: array[rows] for name, array in self.extra.items()}
+        return dataclasses.replace(self, **texts, **arrays, sketch=sketch, embedding=embedding, extra=extra)
 
 
 def unit_name(ids: tuple[str, ...], content_hashes: tuple[str, ...]) -> str:
@@ -153,6 +159,19 @@ def embedding_file(unit: str) -> str:
     return f"{unit}-embedding.npy"
 
 
+def extra_file(unit: str, name: str) -> str:
+    """Name the file of one of a shard's extra signals.
+
+    Args:
+        unit: the shard.
+        name: the signal.
+
+    Returns:
+        A file name.
+    """
+    return f"{unit}-{name}.npy"
+
+
 def shard_files(unit: str, spec: GradientSpec) -> tuple[str, ...]:
     """Name all files of a shard.
 
@@ -165,6 +184,7 @@ def shard_files(unit: str, spec: GradientSpec) -> tuple[str, ...]:
     """
     arrays = [sketch_file(unit)] if spec.projection is not None else []
     arrays += [embedding_file(unit)] if "embedding" in spec.signals else []
+    arrays += [extra_file(unit, name) for name in spec.extras]
     return (rows_file(unit), *arrays)
 
 
@@ -190,6 +210,8 @@ def encode_shard(result: ShardResult, spec: GradientSpec) -> dict[str, bytes]:
         raise ValueError(f"sketches of size {dim}, expected {spec.projection}")
     if (result.embedding is not None) != ("embedding" in spec.signals):
         raise ValueError(f"embeddings are given exactly when the spec names them: {spec.signals}")
+    if tuple(sorted(result.extra)) != spec.extras:
+        raise ValueError(f"extra signals {sorted(result.extra)}, expected {spec.extras}")
     _check_finite(result, spec)
     files = {rows_file(result.unit): _encode_rows(result)}
     if result.sketch is not None:
@@ -197,13 +219,17 @@ def encode_shard(result: ShardResult, spec: GradientSpec) -> dict[str, bytes]:
     if result.embedding is not None:
         whole = np.where(result.usable[:, None], result.embedding, np.nan)
         files[embedding_file(result.unit)] = _encode_array(whole.astype(np.float32))
+    for name, array in result.extra.items():
+        usable = result.usable.reshape((-1,) + (1,) * (array.ndim - 1))
+        kind = np.float64 if array.ndim == 1 else np.float32
+        files[extra_file(result.unit, name)] = _encode_array(np.where(usable, array, np.nan).astype(kind))
     return files
 
 
 def _check_finite(result: ShardResult, spec: GradientSpec) -> None:
     usable = result.usable
     for name in spec.signals:
-        array = getattr(result, name).reshape(len(usable), -1)
+        array = (result.extra[name] if name in spec.extras else getattr(result, name)).reshape(len(usable), -1)
         good = np.isfinite(array).all(axis=1) & ((array > 0).all(axis=1) if name == "grad_norm" else True)
         bad = np.flatnonzero(usable & ~good)
         if bad.size:

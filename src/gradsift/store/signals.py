@@ -14,8 +14,8 @@ from jaxtyping import Float, Float32, Int
 
 from gradsift.errors import StoreError
 from gradsift.store.ledger import Record, read_ledger
-from gradsift.store.reading import RowTable, decode_rows, map_embedding, map_sketch, read_checked
-from gradsift.store.shards import COLUMNS, embedding_file, sketch_file
+from gradsift.store.reading import RowTable, decode_rows, map_embedding, map_extra, map_sketch, read_checked
+from gradsift.store.shards import COLUMNS, embedding_file, extra_file, sketch_file
 from gradsift.store.spec import GradientSpec, compare, read_spec
 from gradsift.types import RowStatus
 
@@ -190,6 +190,30 @@ class SignalStore:
                 out = np.empty((len(ids), array.shape[1]), dtype=np.float32)
             out[here] = array[rows]
         return np.zeros((0, 0), dtype=np.float32) if out is None else out
+
+    def extra(self, name: str, ids: Sequence[str]) -> Float[np.ndarray, "k ..."]:
+        """Read one of the extra signals.
+
+        Args:
+            name: the signal, one of ``spec.extras``.
+            ids: k row ids, all usable.
+
+        Returns:
+            float64 [k] or float32 [k, d] in the order asked, exactly as measured; [0] for no ids.
+
+        Raises:
+            StoreError: it was not measured, an id is not committed or not usable, or a shard is damaged.
+        """
+        if name not in self.spec.extras:
+            where = str(self.folder)
+            raise StoreError(f"the signal {name} was not measured", where=where, do="collect into another --out")
+        out: np.ndarray | None = None
+        parts = self._parts(ids, name, lambda u: extra_file(u, name), lambda r: map_extra(self.folder, r, name))
+        for here, array, rows in parts:
+            if out is None:
+                out = np.empty((len(ids), *array.shape[1:]), dtype=array.dtype)
+            out[here] = array[rows]
+        return np.zeros(0) if out is None else out
 
     def gather(self, ids: Sequence[str]) -> Float32[np.ndarray, "k D"]:
         """Read rows' sketches at full length.

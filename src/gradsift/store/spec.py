@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from jaxtyping import Bool, Int
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import canonical_json, hash_parts, read_error, seal, unseal
 
-FORMAT = 2  # newest layout that is read; 2 adds embeddings, and stores without them are still written as 1
+FORMAT = 3  # newest layout that is read; 2 adds embeddings, 3 extra signals; stores without them are written as before
 SPEC_FILE = "spec.json"
 SIGNALS = ("loss", "grad_norm", "emb_grad_norm", "head_grad_norm", "dots", "sketch", "embedding")
+EXTRA_SIGNALS = re.compile(r"prompt_loss|alone_loss|hidden_\d+")  # one array file of their own each, by row
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class GradientSpec:
     truncation: str = "keep_start"
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.signals) - set(SIGNALS))
+        unknown = sorted({s for s in self.signals if s not in SIGNALS and not EXTRA_SIGNALS.fullmatch(s)})
         if unknown:
             raise ValueError(f"unknown signals {unknown}, expected some of {SIGNALS}")
         if ("sketch" in self.signals) != (self.projection is not None):
@@ -105,7 +107,14 @@ class GradientSpec:
     @property
     def format(self) -> int:
         """Layout the store is written in: the oldest that can hold its signals, so that older versions read it."""
+        if self.extras:
+            return 3
         return 2 if "embedding" in self.signals else 1
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the extra signals, sorted: an array file each."""
+        return tuple(name for name in self.signals if EXTRA_SIGNALS.fullmatch(name))
 
     @property
     def directions(self) -> tuple[str, ...]:

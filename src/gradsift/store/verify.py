@@ -13,8 +13,8 @@ from gradsift.errors import StoreError
 from gradsift.manifest import TMP_SUFFIX, fsync_folder, make_folder, write_error
 from gradsift.store.ledger import LEDGER, QUARANTINE, RECORD_SUFFIX, SHARDS, Ledger, Record, read_ledger
 from gradsift.store.lock import take_lock
-from gradsift.store.reading import decode_rows, map_embedding, map_sketch, read_checked
-from gradsift.store.shards import embedding_file, rows_file, shard_files, sketch_file
+from gradsift.store.reading import decode_rows, map_embedding, map_extra, map_sketch, read_checked
+from gradsift.store.shards import embedding_file, extra_file, rows_file, shard_files, sketch_file
 from gradsift.store.spec import SPEC_FILE, GradientSpec, read_spec
 from gradsift.store.writer import free_name
 
@@ -135,8 +135,10 @@ def _check_shard(
             read_checked(folder, record, name)
             if name == sketch_file(record.unit):
                 map_sketch(folder, record, spec)
-            else:
+            elif name == embedding_file(record.unit):
                 map_embedding(folder, record)
+            else:
+                map_extra(folder, record, name.removeprefix(f"{record.unit}-").removesuffix(".npy"))
         except StoreError as error:
             yield Damage("file", record.unit, f"{SHARDS}/{name}", f"{error.got}, expected {error.expected}")
     try:
@@ -191,6 +193,7 @@ def repair_store(folder: Path) -> RepairReport:
             moved += _move(folder, [f"{LEDGER}/{unit}{RECORD_SUFFIX}"])
             fsync_folder(folder / LEDGER)  # from here on the shard does not exist, whatever happens to its files
             names = (rows_file(unit), sketch_file(unit), embedding_file(unit))
+            names += tuple(extra_file(unit, name) for name in spec.extras)
             moved += _move(folder, [f"{SHARDS}/{name}" for name in names])
         fsync_folder(folder / SHARDS)
         fsync_folder(folder / QUARANTINE)

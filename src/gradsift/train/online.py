@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from gradsift.errors import ConfigError
 from gradsift.manifest import canonical_json, hash_parts
 from gradsift.policy.calibration import Rollout
-from gradsift.policy.episodes import NO_ROW, Episodes, Losses, Observation, Policy, Table, Terms
+from gradsift.policy.episodes import NO_ROW, Episodes, Losses, Observation, Table, Terms
+from gradsift.policy.play import Policy
 from gradsift.seeds import stream
 from gradsift.train.held_out import DevLosses, DevSets, measure_dev
 from gradsift.train.online_parts import Decision, OnlineConfig, Pace, Refresh, as_features

@@ -7,12 +7,13 @@ lost (trials.md, section 13). Exact copies are measured once and share their sig
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from torch import nn
 
 from gradsift.data.batches import plan_shards
@@ -60,11 +61,13 @@ class Rescored:
         problem: rows whose signals are finite, in id order.
         cost: of the pass, anchors included.
         dropped: ids of rows whose loss or gradient was not finite or zero at these weights.
+        target_sketch: float32 [n_t, D] sketches of the target rows' gradients in id order, or None without a target.
     """
 
     problem: Problem
     cost: Cost
     dropped: tuple[str, ...]
+    target_sketch: Float[np.ndarray, "n_t D"] | None = None
 
 
 @contextmanager
@@ -99,6 +102,7 @@ def rescore(
     copy_of: Mapping[str, str] | None = None,
     sources: Mapping[str, str] | None = None,
     lexical: Mapping[str, float] | None = None,
+    shape: Callable[[GradientEngine], None] = lambda engine: None,
 ) -> Rescored:
     """Measure loss, norm and exact dots of every pool row at the model's current weights.
 
@@ -112,6 +116,7 @@ def rescore(
         copy_of: row id -> id of the first exact copy.
         sources: row id -> source label.
         lexical: row id -> BM25 score, when it is known.
+        shape: called with the pool's engine before its pass, such as to sketch Adam directions.
 
     Returns:
         The problem at these weights and what measuring it cost.
@@ -139,6 +144,7 @@ def rescore(
             model, names, projector=projector if config.keep_sketch else None, embedding=config.embedding
         )
         attach(engine, built)
+        shape(engine)
         run = Pass(engine, tuple(d.name for d in built), config.tokens_per_batch, pad_id)
         rows = list(measured.values())
         with engine:
@@ -180,7 +186,16 @@ def rescore(
     tokens = sum(r.num_tokens for r in rows) + sum(d.num_tokens for d in built)
     size = sum(p.numel() for p in model.parameters())
     cost = Cost.of(size, forward=tokens, backward=tokens, seconds=time.perf_counter() - started)
-    return Rescored(problem, cost, tuple(sorted(row.id for row in pool if copies.get(row.id, row.id) not in ok)))
+    dropped = tuple(sorted(row.id for row in pool if copies.get(row.id, row.id) not in ok))
+    return Rescored(problem, cost, dropped, _target_sketches(built, target))
+
+
+def _target_sketches(built: Sequence[BuiltDirection], target: Sequence[TokenRow]) -> Float[np.ndarray, "n_t D"] | None:
+    found = next((d.sketches for d in built if d.name == TARGET), None)
+    if found is None:
+        return None
+    place = {row.id: k for k, row in enumerate(sorted(target, key=lambda row: (row.num_tokens, row.id)))}
+    return found[[place[name] for name in sorted(place)]]  # measured by length, given by id
 
 
 def _within(pool: Sequence[TokenRow], copy_of: Mapping[str, str]) -> dict[str, str]:
@@ -248,5 +263,8 @@ def restrict(problem: Problem, keep: Sequence[str]) -> Problem:
         num_tokens=problem.num_tokens[at].copy(),
         num_trained=problem.num_trained[at].copy(),
         copy_group=tuple(problem.copy_group[k] for k in at) if problem.copy_group else (),
+        texts=tuple(problem.texts[k] for k in at) if problem.texts else (),
+        external={name: column[at].copy() for name, column in problem.external.items()},
+        checkpoints=tuple(replace(one, features=one.features[at]) for one in problem.checkpoints),
         **{name: part(getattr(problem, name)) for name in SIGNALS},
     )

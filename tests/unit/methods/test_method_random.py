@@ -40,10 +40,9 @@ def test_deciles_of_unequal_size_do_not_favour_the_rows_of_the_small_ones():
 
 
 def test_a_draw_belongs_to_an_id():
-    few = replace(
-        PROBLEM,
-        **{name: getattr(PROBLEM, name)[100:] for name in ("ids", "sources", "num_tokens", "num_trained", *SIGNALS)},
-    )
+    each = ("ids", "sources", "num_tokens", "num_trained", "texts", *SIGNALS)
+    columns = {name: column[100:] for name, column in PROBLEM.external.items()}
+    few = replace(PROBLEM, external=columns, **{name: getattr(PROBLEM, name)[100:] for name in each})
     everyone = [i for i in draw("none", Budget(rows=200)).ids if i in set(few.ids)]
     assert list(draw("none", Budget(rows=100), problem=few).ids) == everyone
 

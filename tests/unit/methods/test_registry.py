@@ -32,6 +32,7 @@ def test_a_third_party_method_is_found_through_its_entry_point(monkeypatch):
         name: ClassVar[str] = "foreign"
         paper: ClassVar[str] = "ours"
         summary: ClassVar[str] = "a method from elsewhere"
+        evidence: ClassVar[str] = "ours"
         level: float = 0.5
 
         @property

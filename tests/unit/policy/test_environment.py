@@ -10,7 +10,7 @@ import pytest
 from tests.policy_worlds import make_world
 
 from gradsift.errors import ConfigError, DependencyError
-from gradsift.policy.episodes import play
+from gradsift.policy.play import play
 from gradsift.policy.simple import Scheduled, Uniform
 from gradsift.seeds import stream
 

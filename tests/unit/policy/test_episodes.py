@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.policy_worlds import make_world, permuted
 
 from gradsift.errors import ConfigError
-from gradsift.policy.episodes import NO_ROW, Table, Terms, play
+from gradsift.policy.episodes import NO_ROW, Table, Terms
+from gradsift.policy.play import play
 from gradsift.policy.simple import Scheduled, Single, SizeProportional, Uniform
 from gradsift.seeds import stream
 

@@ -19,9 +19,10 @@ from gradsift.policy.bandits import (
     empty_state,
     exp3_chances,
 )
-from gradsift.policy.episodes import NO_ROW, Episodes, Observation, Terms, play
+from gradsift.policy.episodes import NO_ROW, Episodes, Observation, Terms
 from gradsift.policy.plan import Effects
 from gradsift.policy.planned import DualPlan, PricedRounds, RecedingDual, TightenedDual
+from gradsift.policy.play import play
 from gradsift.policy.simple import Draws, Scheduled, Single, SizeProportional, Uniform, draw_cluster
 from gradsift.seeds import stream
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.errors import BudgetError, ConfigError, InfeasibleError, NumericsError, SpecError, StoreError
-from gradsift.policy.episodes import Episodes, Losses, Table, Terms, play
+from gradsift.policy.episodes import Episodes, Losses, Table, Terms
 from gradsift.policy.learned import LearnedPolicy
 from gradsift.policy.multiplier import MultiplierConfig
 from gradsift.policy.network import Shape, start_actor
+from gradsift.policy.play import play
 from gradsift.policy.ppo_lagrangian import PPOConfig, better, from_arrays, keeps, to_arrays, train_policy
 from gradsift.policy.ppo_state import Kept
 from gradsift.seeds import stream
