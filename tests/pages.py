@@ -203,13 +203,16 @@ MEASURED = {
     "target_cosine": ("target_cosine+replay25",),
     "ogs_dual": ("ogs_dual+replay25", "ogs_rounds+replay25"),
     "crossfit": ("crossfit", "crossfit+replay16"),
+    "ogs": ("ogs", "ogs_rounds", "ogs_dual", "random_total", "domain_looking+replay25", "best_cheap_total", "oracle"),
 }  # fmt: skip
-"""Page -> arms of the arithmetic claim that it must show; the other pages say that nothing was measured yet."""
+"""Page -> arms of the results that it must show; the other pages say that nothing was measured yet."""
+ELSEWHERE = {"ogs": ROOT / "docs/results/ogs-arithmetic/results.json"}
+"""Pages that show another result than the arithmetic claim."""
 
 
 def measured_lines(name: str) -> list[str]:
     """Lines of the table of ``What compare measured here``, from the results that the repository holds."""
-    found = json.loads(RESULTS.read_text("utf-8"))
+    found = json.loads(ELSEWHERE.get(name, RESULTS).read_text("utf-8"))
     mean = {arm["name"]: arm for arm in found["arms"]}
     against = {one["arm"]: one["interval"] for one in found["against_random"]}
     lines = []

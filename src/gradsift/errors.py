@@ -94,6 +94,10 @@ class NumericsError(GradsiftError):
     """A number that must be finite or non-zero is not."""
 
 
+class LaunchError(GradsiftError):
+    """Another process of this run is gone or works on something else: run the same command again."""
+
+
 class Interrupted(GradsiftError):
     """A signal stopped the run; the same command resumes it.
 

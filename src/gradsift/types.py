@@ -486,11 +486,14 @@ class Cut:
         bound: rows whose scores differ by more than this cannot trade places when the signals are measured again;
             four times the bound on one score, because both rows and the window that is settled by id may move.
         undecided: ids whose place on either side of the cut the measurement does not settle; settled by id.
+        known: whether it is known how far errors of the signals move the choice. Where it is not, since a training or a
+            pursuit lies between them, every row is undecided, none was settled by id, and the margin says nothing.
     """
 
     margin: float
     bound: float
     undecided: tuple[str, ...] = ()
+    known: bool = True
 
 
 @dataclass(frozen=True)

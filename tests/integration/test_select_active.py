@@ -90,6 +90,25 @@ def test_row_order_does_not_matter_and_a_second_run_chooses_nothing(tmp_path, na
     assert other.selection.ids == first.selection.ids
 
 
+def test_a_method_of_several_checkpoints_has_active_anchors_at_the_last(tmp_path, navigator):
+    settings = {"warmup_share": 0.5, "epochs": 2}
+    asked = recipe(world(tmp_path), navigator, method={"name": "less", "settings": settings})
+    found = select(asked, tmp_path / "run")
+    assert [d["num_rows"] for d in found.manifest["directions"]][:2] == [COUNT, COUNT]
+    assert len(list((tmp_path / "run" / "active").iterdir())) == 1
+
+
+def test_rows_that_were_renamed_are_chosen_anew(tmp_path, navigator):
+    files = world(tmp_path)
+    first = select(recipe(files, navigator), tmp_path / "one")
+    rows = [json.loads(line) for line in files["math"].read_text().splitlines()]
+    write_jsonl(files["math"], [{**row, "id": f"renamed{k}"} for k, row in enumerate(rows)])
+    again = select(recipe(files, navigator), tmp_path / "one")
+    assert again.selection.ids == first.selection.ids
+    kept = [note.ids for note in again.selection.notes if note.code == "active_anchor"]
+    assert all(name.startswith("renamed") for name in kept[0])
+
+
 def test_signals_against_other_anchor_rows_are_other_signals(tmp_path, navigator):
     files = world(tmp_path)
     some = select(recipe(files, navigator), tmp_path / "some").manifest

@@ -98,8 +98,22 @@ def test_daar_reads_two_taps(tmp_path, navigator):
     assert manifest(tmp_path / "run")["spec"]["signals"] == ["hidden_0", "hidden_1", "loss"]
     details = json.loads((tmp_path / "run" / "selection" / "details.json").read_text())
     assert set(details["probe_rows"]) <= set(got.problem_ids)
+
+
+def test_what_daar_cannot_have_is_refused_before_a_model_loads(tmp_path, navigator, monkeypatch):
+    monkeypatch.setattr("gradsift.pipeline.measure.load_navigator", lambda *a, **k: pytest.fail("a model was loaded"))
+    files = world(tmp_path)
     with pytest.raises(ConfigError, match="no such layer"):
         run(files, tmp_path / "deep", navigator, "daar", {**DAAR, "layer": 7})
+    with pytest.raises(DataError, match="daar needs more rows") as refusal:
+        run(files, tmp_path / "small", navigator, "daar", {"layer": 1})
+    assert refusal.value.expected == "at least 200"
+    with pytest.raises(ConfigError, match="two labels") as refused:
+        run(files, tmp_path / "one", navigator, "daar", {**DAAR, "domains": "sources"})
+    assert refused.value.do.endswith("domains=clusters")
+    with pytest.raises(ConfigError, match="level 0"):
+        run(files, tmp_path / "none", navigator, "memory_level", {"level": 0})
+    assert not any((tmp_path / name).exists() for name in ("deep", "small", "one", "none"))
 
 
 def test_a_store_without_the_signal_is_refused_and_one_with_more_serves_other_methods(tmp_path, navigator):

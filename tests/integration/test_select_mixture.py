@@ -126,6 +126,55 @@ def test_a_stopped_run_goes_on_with_its_round_and_ends_the_same_to_the_last_bit(
     assert len(kept) == 2 * runs  # weights and moments after the last round of each run, and none besides
 
 
+def test_a_dry_run_counts_the_tokens_of_every_training(clean, files, navigator):
+    from gradsift.pipeline.estimate import estimate
+
+    name, out, *_ = clean
+    plan, told = estimate(recipe(files, navigator, name), Silent()), read(out)["proxy"]
+    assert plan.proxy.num_runs == len(told["runs"])
+    assert plan.proxy.both + plan.proxy.forward == pytest.approx(told["tokens"], rel=0.05)
+    both = sum(cost["backward_tokens"] for parts in told["runs"].values() for cost in parts.values())
+    assert plan.proxy.both == pytest.approx(both, rel=0.05)
+    lines = dict(plan.lines())
+    assert lines["proxy"].startswith(f"{plan.proxy.num_runs} training")
+    assert lines["navigator"].endswith("one forward pass")
+
+
+def test_what_the_proxy_took_is_said_and_no_row_is_said_to_be_settled_by_id(clean):
+    from gradsift.cli.select import verdict
+
+    name, out, outcome, _ = clean
+    manifest = read(out)
+    codes = [note["code"] for note in manifest["selection"]["notes"]]
+    assert "proxy_cost" in codes
+    assert ("probe_cost" in codes) == (name == "dids")
+    text = next(note["text"] for note in manifest["selection"]["notes"] if note["code"] == "proxy_cost")
+    assert f"took {manifest['proxy']['flops']:.2g} operations" in text
+    table = pq.read_table(out / "selection/audit.parquet").to_pylist()
+    epoch = 6 * sum(row["num_tokens"] for row in table if row["selected"])  # operations per weight
+    assert f"more than {manifest['proxy']['flops'] / epoch * 10 / 1e9:.2g} billion weights" in text
+    assert not outcome.selection.cut.known
+    assert "how far it moves this choice is not known" in verdict(manifest)
+    assert "settled by id" not in verdict(manifest)
+
+
+def test_what_the_proxy_cannot_use_is_refused_before_a_model_loads(files, navigator, tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", some_rows(3, 5, answer="four"))
+    none = tmp_path / "none.jsonl"
+    none.write_text('{"text": ""}\n')
+    with pytest.raises(ConfigError, match="too few rows"):
+        select(recipe(files, navigator, "doge", target=str(few)), tmp_path / "run")
+    with pytest.raises(DataError, match="two domains"):
+        select(recipe({**files, "none": none}, navigator, "doge", labels=("like", "none")), tmp_path / "run")
+    narrow = {"model": str(navigator), "parameters": "all", "dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match="proxy runs cannot train bfloat16"):
+        select(recipe(files, navigator, "doge", navigator=narrow), tmp_path / "run")
+    same = [{"label": "copy", "path": str(files["target"])}]
+    with pytest.raises(DataError, match="share rows"):
+        select(recipe(files, navigator, "dids", settings={"tasks": "all"}, anchors=same), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # nothing was measured
+
+
 def test_domains_are_asked_for_before_a_model_loads(files, navigator, tmp_path):
     with pytest.raises(ConfigError, match="two labels"):
         select(recipe(files, tmp_path / "no-model", "doge", labels=("like",)), tmp_path / "run")
@@ -139,15 +188,12 @@ def test_clusters_stand_in_for_labels(files, navigator, tmp_path):
     assert set(outcome.selection.cluster.tolist()) == set(range(len(outcome.selection.mixture)))
 
 
-def test_anchors_count_as_tasks_unless_they_share_rows(files, navigator, tmp_path):
+def test_anchors_count_as_tasks(files, navigator, tmp_path):
     anchors = [{"label": "chat", "path": str(files["chat"])}]
     given = {"tasks": "all", "num_rounds": 2}
     select(recipe(files, navigator, "dids", settings=given, anchors=anchors), tmp_path / "run")
     rounds = read(tmp_path / "run", "selection/details.json")["rounds"]
     assert len(rounds[0]["task_losses"]) == 2
-    same = [{"label": "copy", "path": str(files["target"])}]
-    with pytest.raises(DataError, match="share rows"):
-        select(recipe(files, navigator, "dids", settings=given, anchors=same), tmp_path / "other")
 
 
 def test_the_page_and_the_card_show_the_mixture(clean):
@@ -157,6 +203,9 @@ def test_the_page_and_the_card_show_the_mixture(clean):
     _, out, outcome, _ = clean
     page = render_html(read_run(out))
     assert "<h3>Mixture</h3>" in page
+    assert "move the choice is not known" in page
+    assert "ids settled them" not in page
+    assert "Undecided rows" not in page
     card = (out / "selection/README.md").read_text()
     for name, weight in outcome.selection.mixture.items():
         assert f"| {name} | {weight:.4f} |" in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from gradsift.errors import ConfigError, DependencyError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gradsift.launch.seat import Seat
     from gradsift.pipeline import Outcome
 
 Pool = Annotated[
@@ -82,6 +84,19 @@ Dedup = Annotated[
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; --set and flags win over it.")
 ]
+Launcher = Annotated[
+    str,
+    typer.Option(
+        "--launcher",
+        metavar="auto|inline|torchrun|slurm-array|ray",
+        help="Who measures the pool. auto: one rank of torchrun, accelerate or srun where their variables are set, else "
+        "this process alone.",
+    ),
+]
+Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Ray actors, with --launcher ray.")]
+Wait = Annotated[
+    float, typer.Option("--wait", metavar="SECONDS", help="How long a rank other than 0 waits for rank 0 to begin.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens, memory, disk and time, and stop.")]
 
 
@@ -100,6 +115,9 @@ def command(
     loss_on: LossOn = None,
     dedup: Dedup = None,
     recipe: RecipeFile = None,
+    launcher: Launcher = "auto",
+    workers: Workers = None,
+    wait: Wait = 300.0,
     dry_run: DryRun = False,
 ) -> None:
     """Choose the rows of a pool that teach the target and spare the anchors.
@@ -120,8 +138,10 @@ def command(
         ("data.loss_on", loss_on),
         ("data.dedup", dedup),
     ]
+    from gradsift.launch.seat import find_seat
+
     built = build(recipe, set_ or [], [(key, value) for key, value in flags if value is not None])
-    run(built, out, dry_run=dry_run)
+    run(built, out, dry_run=dry_run, seat=find_seat(launcher, workers, os.environ, join_seconds=wait))
 
 
 def labelled(text: str, flag: str, *, named: bool = False) -> dict[str, str]:
@@ -182,16 +202,17 @@ def build(recipe: Path | None, settings: list[str], flags: list[tuple[str, Any]]
     return build_recipe(values)
 
 
-def run(recipe: Any, out: Path | None, *, dry_run: bool = False) -> Outcome | None:
+def run(recipe: Any, out: Path | None, *, dry_run: bool = False, seat: Seat | None = None) -> Outcome | None:
     """Run a recipe with progress on the terminal and print what came out.
 
     Args:
         recipe: the recipe.
         out: the run folder.
         dry_run: print the estimate and stop.
+        seat: this process, where several measure together.
 
     Returns:
-        The outcome, or None for a dry run.
+        The outcome, or None for a dry run and for a process that only measures.
 
     Raises:
         ConfigError: no run folder was named.
@@ -204,7 +225,7 @@ def run(recipe: Any, out: Path | None, *, dry_run: bool = False) -> Outcome | No
     words = ["gradsift", *sys.argv[1:]]
     screen = Screen(console, shlex.join(words))
     with screen.watching_signals():
-        if dry_run:
+        if dry_run and (seat is None or seat.commits):
             from gradsift.pipeline.estimate import estimate
 
             show_estimate(console, estimate(recipe, screen))
@@ -213,12 +234,37 @@ def run(recipe: Any, out: Path | None, *, dry_run: bool = False) -> Outcome | No
             raise ConfigError(
                 "--out is missing", where="gradsift select", expected="a folder for the run", do="--out run"
             )
+        if seat is not None and not seat.commits:
+            if not dry_run:
+                work(recipe, out, seat, console)
+            return None
         from gradsift.pipeline import select
 
-        outcome = select(recipe, out, command=shlex.join(words), progress=screen)
+        outcome = select(recipe, out, command=shlex.join(words), progress=screen, seat=seat)
         page = draw_report(console, out)
     show(console, outcome, page)
     return outcome
+
+
+def work(recipe: Any, out: Path, seat: Seat, console: Console) -> None:
+    """Measure for the process that commits, without a word until the end.
+
+    Args:
+        recipe: the recipe.
+        out: the run folder.
+        seat: this process.
+        console: where to print.
+    """
+    from rich.console import Console
+
+    from gradsift.cli.screen import Screen
+    from gradsift.pipeline.serve import serve
+
+    screen = Screen(Console(quiet=True), shlex.join(["gradsift", *sys.argv[1:]]))
+    with screen.watching_signals():
+        done = serve(recipe, out, seat, progress=screen)
+    text = f"rank {done.rank} of {seat.world}: measured {done.num_units} units, {done.num_rows} rows"
+    console.print(text, highlight=False)
 
 
 def draw_report(console: Console, out: Path) -> Path | None:
@@ -301,9 +347,12 @@ def verdict(manifest: Any) -> str:
         f"({chosen['num_trained']} of {rows['trained_tokens']} trained tokens) with {chosen['method']}"
     )
     cut = chosen["cut"]
-    text += f"\nmargin at the cut {cut['margin']:.3g}, numerical bound {cut['bound']:.3g}"
-    if cut["undecided"]:
-        text += f"; {len(cut['undecided'])} rows inside the bound were settled by id"
+    if cut.get("known", True):
+        text += f"\nmargin at the cut {cut['margin']:.3g}, numerical bound {cut['bound']:.3g}"
+        if cut["undecided"]:
+            text += f"; {len(cut['undecided'])} rows inside the bound were settled by id"
+    else:
+        text += f"\nnumerical bound of the signals {cut['bound']:.3g}; how far it moves this choice is not known"
     if noise:
         text += f" (measured on {noise['num_rows']} rows)"
     ratios = (manifest.get("sketch") or {}).get("noise_ratio") or {}

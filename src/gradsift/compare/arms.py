@@ -25,7 +25,7 @@ from gradsift.data.lexical import lexical_scores
 from gradsift.errors import ConfigError
 from gradsift.evaluate.divergence import BaseLogProbs, cache_base
 from gradsift.evaluate.losses import RowLosses, evaluate_rows
-from gradsift.methods.base import make_method
+from gradsift.methods.base import make_method, methods
 from gradsift.seeds import Stream, stream
 from gradsift.train.crossfit import CrossfitConfig, Material, choose_crossfit, crossfit
 from gradsift.train.parts import Cost
@@ -36,6 +36,7 @@ from gradsift.types import SIGNALS, Budget, Problem, TokenRow
 ORACLE, DOMAIN, CROSSFIT = "oracle", "domain_looking", "crossfit"
 POLICY = "ogs"
 EVALUATION_TOKENS = 2048  # longest row times rows of an evaluation batch; nothing but memory depends on it
+TRAINING_SECTIONS = frozenset({"rollout", "warmup", "proxy"})  # how the world's model is trained for a method's sake
 TRAIN_OPTIONS = frozenset({"lr_factor", "wise_ft", "kl", "l2sp", "ewc", "stm", "hook", "hook_settings"})
 
 
@@ -74,7 +75,11 @@ class ArmSpec:
         if unknown := sorted(set(self.train) - TRAIN_OPTIONS):
             known = ", ".join(sorted(TRAIN_OPTIONS))
             raise ConfigError("no such training option", where=where, got=", ".join(unknown), expected=known)
-        if self.placebo == "permuted_scores" and self.method in (ORACLE, DOMAIN, CROSSFIT, POLICY):
+        if self.method in methods() and self.method != CROSSFIT:  # that one has settings of its own here
+            own = {k: v for k, v in self.settings.items() if k not in TRAINING_SECTIONS}
+            make_method(self.method, own, f"{where}, settings")
+        scoreless = self.method in (ORACLE, DOMAIN, CROSSFIT, POLICY) or is_proxied(self)
+        if self.placebo == "permuted_scores" and scoreless:
             # It would run undisguised, and be shown as a placebo.
             raise ConfigError("this method reads no scores to permute", where=where, got=self.method)
 

@@ -10,7 +10,6 @@ import numpy as np
 from pydantic import Field
 
 from gradsift.compare.world import World
-from gradsift.errors import ConfigError
 from gradsift.geometry.trajectory import Domains, Plan, Rule, Trajectory, play
 from gradsift.methods.base import make_method, methods
 from gradsift.seeds import stream
@@ -118,14 +117,9 @@ def choose_by_proxy(desk: Desk, arm: ArmSpec, count: int) -> Choice:
 
     Returns:
         Rows in the mixture's shares, and what the pass and all proxy runs cost.
-
-    Raises:
-        ConfigError: the arm is a placebo of permuted scores, which a mixture does not read.
     """
     from gradsift.compare.arms import Choice, build_settings
 
-    if arm.placebo:
-        raise ConfigError("this method reads no scores to permute", where=f"arm {arm.name}", got=arm.method)
     given = dict(arm.settings)
     settings = build_settings(ProxySettings, given.pop("proxy", {}), f"arm {arm.name}, proxy")
     method = make_method(arm.method, given)

@@ -71,7 +71,10 @@ def write_selected(pool: Pool, ids: Sequence[str], folder: Path) -> Exported:
 
 
 def write_mixture(mixture: Mapping[str, float] | None, folder: Path) -> tuple[Path, ...]:
-    """Write domain probabilities for a trainer that samples: ``mixture.json``, source label -> probability.
+    """Write domain probabilities for a trainer that samples: ``mixture.json``, domain -> probability.
+
+    A domain is a label of the pool, ``merged`` for the labels that were put together, or ``cluster-N`` for the rows whose
+    ``cluster`` in ``audit.parquet`` is N.
 
     With one data set per label, in any order, it is one line for ``datasets``, whose default stops at the first data set
     that runs out::

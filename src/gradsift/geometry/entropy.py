@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from gradsift.errors import DataError
 from gradsift.seeds import Stream
 
+MOST_ROWS = 5000  # rows that the probe learns from where the pool is large enough, as in the paper
+
 
 def entropy(probability: Float[np.ndarray, "N K"]) -> Float[np.ndarray, " N"]:
     """Measure how unsure distributions are: H = -sum_k p_k log p_k.
@@ -172,7 +174,7 @@ def domain_quotas(sizes: Sequence[int], target: int, *, own: float = 0.5, other:
     return tuple(min(n, max(1, int(np.floor(share * n + 0.5)))) for n, share in zip(sizes, shares, strict=True))
 
 
-def num_probe_rows(num_rows: int, num_domains: int, share: float, per_domain: int, most: int = 5000) -> int:
+def num_probe_rows(num_rows: int, num_domains: int, share: float, per_domain: int, most: int = MOST_ROWS) -> int:
     """Choose how many rows the pseudo-labels and the probe are fitted on.
 
     Args:
@@ -188,3 +190,17 @@ def num_probe_rows(num_rows: int, num_domains: int, share: float, per_domain: in
     if num_rows >= most + num_domains:
         return most
     return max(int(np.floor(share * num_rows + 1e-9)), per_domain * num_domains)
+
+
+def least_probe_rows(num_domains: int, per_domain: int, most: int = MOST_ROWS) -> int:
+    """Say below which size :func:`num_probe_rows` asks for more rows than a pool has.
+
+    Args:
+        num_domains: K.
+        per_domain: least rows per domain.
+        most: rows where the pool is large enough.
+
+    Returns:
+        The least size, at least 2.
+    """
+    return max(2, min(per_domain * num_domains, most + num_domains))

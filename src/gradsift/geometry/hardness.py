@@ -175,11 +175,10 @@ def text_silhouettes(texts: Sequence[str], max_features: int, stream: Stream) ->
     if n < LEAST_ROWS:
         return nothing
     rows = _tfidf(texts, max_features)
-    distances = _cosine_distances(rows)
     labels, merged = _clusters(rows, stream)
     if len(np.unique(labels)) < 2:
         return nothing
-    return Silhouettes(_silhouettes(distances, labels), labels, merged, defined=True)
+    return Silhouettes(_silhouettes(rows, labels), labels, merged, defined=True)
 
 
 def _tfidf(texts: Sequence[str], max_features: int) -> Float[np.ndarray, "n w"]:
@@ -195,12 +194,6 @@ def _tfidf(texts: Sequence[str], max_features: int) -> Float[np.ndarray, "n w"]:
             expected="texts with words",
             do="choose another method for texts without words",
         ) from None
-
-
-def _cosine_distances(rows: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n n"]:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = rows / np.where(length > 0, length, 1.0)
-    return np.clip(1.0 - unit @ unit.T, 0.0, 2.0)
 
 
 def _clusters(rows: Float[np.ndarray, "n w"], stream: Stream) -> tuple[Int[np.ndarray, " n"], int]:
@@ -226,11 +219,15 @@ def _clusters(rows: Float[np.ndarray, "n w"], stream: Stream) -> tuple[Int[np.nd
     return labels, len(lone)
 
 
-def _silhouettes(distances: Float[np.ndarray, "n n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def _silhouettes(rows: Float[np.ndarray, "n w"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Rescaled silhouettes; distances are linear in unit vectors, so a cluster's sum stands for its rows."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = rows / np.where(length > 0, length, 1.0)
     groups, own = np.unique(labels, return_inverse=True)
     member = own[:, None] == np.arange(len(groups))
-    sums, sizes = distances @ member, member.sum(axis=0)
-    rows = np.arange(len(labels))
-    inside = sums[rows, own] / np.maximum(sizes[own] - 1, 1)
-    others = np.where(member, np.inf, sums / sizes)
+    sizes, every = member.sum(axis=0), np.arange(len(labels))
+    sums = sizes - unit @ (member.T.astype(np.float64) @ unit).T
+    itself = 1.0 - np.square(unit).sum(axis=1)  # 1 for a text without a counted word, which has no direction
+    inside = np.maximum(sums[every, own] - itself, 0.0) / np.maximum(sizes[own] - 1, 1)
+    others = np.where(member, np.inf, np.maximum(sums, 0.0) / sizes)
     return np.array([silhouette_share(a, b) for a, b in zip(others.min(axis=1), inside, strict=True)])

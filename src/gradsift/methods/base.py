@@ -66,6 +66,8 @@ class Needs:
         layers: which layers' hidden states, rising; given exactly when ``hidden`` is a signal.
         texts: prompt and response of every row as plain text, and ``num_prompt``.
         warmup: the navigator is trained on the pool first, and measured at checkpoints of that; None measures it as it is.
+        least_rows: usable rows below which the pool is refused before a model loads.
+        each_label: ``least_rows`` are those of every label of the pool that has any.
     """
 
     signals: frozenset[str] = frozenset()
@@ -80,6 +82,8 @@ class Needs:
     layers: tuple[int, ...] = ()
     texts: bool = False
     warmup: Warmup | None = None
+    least_rows: int = 0
+    each_label: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.layers) != ("hidden" in self.signals):
@@ -170,12 +174,13 @@ def _register_third_parties() -> None:
         register(point.load())
 
 
-def make_method(name: str, settings: Mapping[str, Any]) -> Method:
+def make_method(name: str, settings: Mapping[str, Any], where: str = "--set") -> Method:
     """Build a method from its name and settings, checking both.
 
     Args:
         name: registered name.
         settings: the method's own fields.
+        where: what a person is told is wrong.
 
     Returns:
         The method.
@@ -194,7 +199,7 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
     if unknown:
         raise ConfigError(
             f"{name} has no such setting",
-            where="--set",
+            where=where,
             got=", ".join(unknown),
             expected=", ".join(sorted(fields)) or "no settings",
             do="run gradsift methods",
@@ -206,7 +211,7 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
         first = error.errors()[0]
         raise ConfigError(
             f"a setting of {name} has a wrong value",
-            where=f"--set {'.'.join(map(str, first['loc']))}",
+            where=f"{where} {'.'.join(map(str, first['loc']))}",
             got=repr(first["input"]),
             expected=first["msg"],
         ) from None

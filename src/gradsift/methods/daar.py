@@ -14,7 +14,7 @@ Algorithm:
 Departures from the paper: no text is generated: seeds are rows that a column marks, and without them K-means draws its
 first centers; entropy is taken from the probe itself, where the paper regresses it with a second network; the probe
 learns from standardized states in batches of 32 with early stopping and a larger rate, since a tiny rate with single rows
-is fragile; a temperature of at least 1 makes entropies comparable. Rows that the probe learned from can be chosen, and
+is fragile; a temperature of at least 1 makes entropies comparable; no inner layer is narrower than 64. Rows that the probe learned from can be chosen, and
 are marked.
 
 Departures from released code: means are taken over real tokens, where modelscope/data-juicer, branch DaaR at
@@ -32,7 +32,14 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from gradsift.errors import ConfigError, DataError
-from gradsift.geometry.entropy import domain_quotas, entropy, num_probe_rows, pseudo_labels, seed_centroids
+from gradsift.geometry.entropy import (
+    domain_quotas,
+    entropy,
+    least_probe_rows,
+    num_probe_rows,
+    pseudo_labels,
+    seed_centroids,
+)
 from gradsift.geometry.probe import Probe, ProbeConfig, train_probe
 from gradsift.methods.base import Needs, register, require, select_ranked
 from gradsift.seeds import Stream
@@ -79,11 +86,19 @@ class Daar:
     lr: Annotated[float, Field(gt=0)] = 1e-3
     steps: Annotated[int, Field(ge=1)] = 600
 
+    def __post_init__(self) -> None:
+        if self.prefer and self.domains == "clusters" and not self.seeds:
+            _refuse_unknown(self.prefer, _numbers(self.num_domains))  # here rather than when the pool was measured
+
     @property
     def needs(self) -> Needs:
         """One forward pass with two taps."""
         columns = (Column(self.seeds, "word", optional=True),) if self.seeds else ()
-        return Needs(signals=frozenset({"hidden"}), layers=(0, self.layer), columns=columns)
+        given = self.domains == "sources"
+        least = 0 if given or self.seeds else least_probe_rows(self.num_domains, self.rows_per_domain)
+        return Needs(
+            signals=frozenset({"hidden"}), layers=(0, self.layer), columns=columns, domains=given, least_rows=least
+        )
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Take the rows whose domain the probe is least sure of.
@@ -147,7 +162,7 @@ class Daar:
                 )  # fmt: skip
             return names, len(names)
         if not self.seeds:
-            return tuple(str(k) for k in range(self.num_domains)), self.num_domains
+            return _numbers(self.num_domains), self.num_domains
         marks = [str(mark) for mark in problem.external[self.seeds]]
         rows = [i for i, mark in enumerate(marks) if mark]
         vectors = problem.layer(0)[rows].astype(np.float64)
@@ -200,10 +215,7 @@ class Daar:
         allowed = np.ones(len(score), dtype=bool)
         if not self.prefer:
             return allowed
-        if self.prefer not in names:
-            raise ConfigError(
-                "there is no such domain", where="--set prefer", got=self.prefer, expected=", ".join(names)
-            )
+        _refuse_unknown(self.prefer, names)
         sizes = np.bincount(labels, minlength=len(names)).tolist()
         for k, quota in enumerate(domain_quotas(sizes, names.index(self.prefer))):
             rows = np.flatnonzero(labels == k)
@@ -230,3 +242,12 @@ class Daar:
         if np.ptp(unsure) == 0:
             notes.append(Note("saturated", "all entropies are equal, so rows are taken in the order of their ids"))
         return notes
+
+
+def _numbers(num_domains: int) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(num_domains))
+
+
+def _refuse_unknown(prefer: str, names: tuple[str, ...]) -> None:
+    if prefer not in names:
+        raise ConfigError("there is no such domain", where="--set prefer", got=prefer, expected=", ".join(names))

@@ -18,8 +18,10 @@ Algorithm:
 
 Departures from the paper: the three scores come from one Gram matrix and are held against measured steps; the potential
 is a bounded fit, 0 with fewer than five losses; the square root has the fixed point of the paper's diminishing returns
-without its oscillation; domains are the given labels unless clusters are asked for; the target set is one task, and
-anchors can be further ones. What a domain gets is no causal share of the gain: G is a property of the task.
+without its oscillation; domains are the given labels unless clusters are asked for, which are found over the whole pool
+and not within sources; the target set is one task, and anchors can be further ones; after a failed rank test the mixture
+is the prior, which ``prior = uniform`` makes the stratified draw.
+What a domain gets is no causal share of the gain: G is a property of the task.
 
 Departures from released code: shiweijiezero/DIDS @bccc432. Its impact is inverted (an inner product under a
 normalization made for a divergence, so the best aligned domain gets 0); its metric rests on two squared batch means and a
@@ -40,7 +42,7 @@ from gradsift.geometry.impact import ScoreKind, impact_scores, rank_test, shift_
 from gradsift.geometry.mixture import PriorKind, prior_weights
 from gradsift.geometry.potential import potential
 from gradsift.geometry.reweight import root_step
-from gradsift.geometry.trajectory import Domains, Feedback, Plan, State, Trajectory, count_event
+from gradsift.geometry.trajectory import Domains, Feedback, Plan, Signal, State, Trajectory, count_event
 from gradsift.methods.base import Needs, register, require
 from gradsift.methods.mixing import (
     DomainKind,
@@ -111,6 +113,15 @@ class Dids:
         """Two labels or sketches, a target and a proxy run."""
         return replace(mixture_needs(self.domains, target=True), anchors=self.tasks == "all")
 
+    @property
+    def proxy_plans(self) -> tuple[Plan, ...]:
+        """One run."""
+        measures: tuple[Signal, ...] = ("gram", "fisher") if self.metric == "adam" else ("gram",)
+        return (
+            Plan(self.num_rounds, self.rows_per_domain, "sampled", self.rows_per_round, measures,
+                 test_every=self.test_every),
+        )  # fmt: skip
+
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Learn domain weights in training rounds and draw rows by them.
 
@@ -128,10 +139,7 @@ class Dids:
         least = math.ceil(0.01 * problem.size) if self.domains == "cluster" else self.rows_per_domain
         dealt = make_domains(problem, self.domains, stream=stream.child("clusters"), num_clusters=self.num_clusters,
                              least=least, small=self.small, tasks=tasks)  # fmt: skip
-        measures: Any = ("gram", "fisher") if self.metric == "adam" else ("gram",)
-        plan = Plan(self.num_rounds, self.rows_per_domain, "sampled", self.rows_per_round, measures,
-                    test_every=self.test_every)  # fmt: skip
-        run = problem.proxy.run(self, plan, dealt.domains, self.name)
+        run = problem.proxy.run(self, self.proxy_plans[0], dealt.domains, self.name)
         notes = [*run_notes(run, dealt.domains.names), *self._notes(run)]
         return select_by_mixture(problem, self, budget, stream, dealt=dealt, weights=run.weights[-1], notes=notes,
                                  details=show_run(run, dealt.domains.names))  # fmt: skip

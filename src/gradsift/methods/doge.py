@@ -13,7 +13,8 @@ Algorithm:
 
 Departures from the paper: the proxy is the navigator, fine-tuned for a short run, and not a model trained from scratch;
 one row of a batch is one row of the pool; the clip is signed, because forgiving a domain that hurts throws evidence
-away; rows of a domain are drawn anew each round without replacement until it has been seen.
+away; rows of a domain are drawn anew each round without replacement until it has been seen; target rows
+that also stand in the pool are said (``leak``) and not refused.
 
 Departures from released code: Olivia-fsm/DoGE @88400e9. Its clip to [0, 5 eta] is ``clip = release``; absent domains
 never reuse a stale value silently; leaving the self term out is a stated choice (there the branch compares sets of tensors
@@ -71,7 +72,7 @@ class Doge:
         rows_per_domain: rows of each domain, and at most so many of the target, per round.
         mu: strength of the old weights.
         clip: ``signed`` (ours), ``release`` or ``none``.
-        absent: evidence of a domain that a round lacks.
+        absent: evidence of a domain that a round lacks; the navigator's rounds lack none.
         grad_clip: norm that gradients are clipped to; 0 for none.
         floor: every weight stays at least ``floor`` / k; 0 for none.
         returned: ``mean`` over the rounds, for a fresh run, or the ``last`` weights.
@@ -100,6 +101,11 @@ class Doge:
         """Two labels or sketches, and a proxy run."""
         return mixture_needs(self.domains, target=self.goal == "target")
 
+    @property
+    def proxy_plans(self) -> tuple[Plan, ...]:
+        """One run."""
+        return (Plan(self.num_rounds, self.rows_per_domain, "combined", measures=("gram",), clip=self.grad_clip),)
+
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Learn domain weights in a proxy run and draw rows by them.
 
@@ -115,8 +121,7 @@ class Doge:
         tasks = ("target",) if self.goal == "target" else ()
         dealt = make_domains(problem, self.domains, stream=stream.child("clusters"), num_clusters=self.num_clusters,
                              least=self.rows_per_domain, small=self.small, tasks=tasks)  # fmt: skip
-        plan = Plan(self.num_rounds, self.rows_per_domain, "combined", measures=("gram",), clip=self.grad_clip)
-        run = problem.proxy.run(self, plan, dealt.domains, self.name)
+        run = problem.proxy.run(self, self.proxy_plans[0], dealt.domains, self.name)
         weights = run.mean_weights() if self.returned == "mean" else run.weights[-1]
         notes = run_notes(run, dealt.domains.names)
         spread = float(np.ptp(np.log(weights)))

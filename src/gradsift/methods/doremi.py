@@ -62,7 +62,8 @@ class Doremi:
         also: further step sizes whose mixtures are shown beside it; the proxy is trained anew for each.
         smoothing: c, so that no weight falls below c / k.
         averaged: share of the rounds, from the end, that the mixture is the mean of.
-        absent: lambda of a domain that a round lacks: ``decay`` to 0.9 of its last, or ``keep`` it.
+        absent: lambda of a domain that a round lacks: ``decay`` to 0.9 of its last, or ``keep`` it; the navigator's
+            rounds lack none.
     """
 
     name: ClassVar[str] = "doremi"
@@ -86,6 +87,17 @@ class Doremi:
         """Two labels or sketches, and a proxy run after a reference run."""
         return mixture_needs(self.domains, target=False)
 
+    @property
+    def etas(self) -> tuple[float, ...]:
+        """Step sizes that are run, the one of the mixture first."""
+        return tuple(dict.fromkeys((self.eta, *self.also)))
+
+    @property
+    def proxy_plans(self) -> tuple[Plan, ...]:
+        """One run per step size, on the same rounds and rows."""
+        plan = Plan(self.num_rounds, self.rows_per_domain, "weighted", measures=("excess",))
+        return (plan,) * len(self.etas)
+
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Learn domain weights and draw rows by them.
 
@@ -101,11 +113,9 @@ class Doremi:
         dealt = make_domains(problem, self.domains, stream=stream.child("clusters"), num_clusters=self.num_clusters,
                              least=self.rows_per_domain, small=self.small)  # fmt: skip
         names = dealt.domains.names
-        plan = Plan(self.num_rounds, self.rows_per_domain, "weighted", measures=("excess",))
-        etas = dict.fromkeys((self.eta, *self.also))
         runs = {
             eta: problem.proxy.run(dataclasses.replace(self, eta=eta), plan, dealt.domains, f"{self.name}-{eta:g}")
-            for eta in etas
+            for eta, plan in zip(self.etas, self.proxy_plans, strict=True)
         }
         run = runs[self.eta]
         details: dict[str, Any] = {

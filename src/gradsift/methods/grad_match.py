@@ -21,8 +21,8 @@ starting weights, and not anew every few epochs; an atom is a token mean and its
 trainer's loss is a token mean; the atom that uses the budget up gives only the rows that fit.
 
 Departures from released code: sketches of the chosen parameters instead of last-layer gradients in closed form; a
-shortage is said instead of filled with random rows of weight 1; the pursuit ends where no atom points towards the
-residual; an atom that keeps being dropped is given up; one solver for every device.
+shortage is said instead of filled with random rows of weight 1, and a choice of no batch is refused; the pursuit ends
+where no atom points towards the residual; an atom that keeps being dropped is given up; one solver for every device.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def choose(problem: Problem, method: GradMatch, budget: Budget, stream: Stream, 
         score=_scores(problem.size, order if tokens else spreading.chosen),
         order=order if tokens else spreading.chosen,
         skipped=spreading.cut_off if tokens else None,
-        cut=Cut(0.0, bound, problem.ids if bound else ()),  # a pursuit may turn on the last bit of any sketch
+        # a pursuit may turn on the last bit of any sketch
+        cut=Cut(0.0, bound, problem.ids if bound else (), known=False),
         kept="matched",
         why_kept=_why(atoms, pieces, spreading),
         dropped=_dropped(atoms, pieces, spreading, budget),

@@ -36,6 +36,7 @@ from pydantic import Field
 from gradsift.errors import NumericsError
 from gradsift.geometry.checkpoints import Share, Warmup
 from gradsift.geometry.density import (
+    MIN_ROWS,
     Combine,
     Points,
     combine_norms,
@@ -86,7 +87,8 @@ class Grads:
         """One epoch of training, then one forward and backward pass."""
         used = {"emb_only": ("emb_grad_norm",), "lm_only": ("head_grad_norm",)}
         signals = used.get(self.combine, ("emb_grad_norm", "head_grad_norm"))
-        return Needs(signals=frozenset(signals), warmup=None if self.at_base else Warmup(share=self.warmup_share))
+        warmup = None if self.at_base else Warmup(share=self.warmup_share)
+        return Needs(signals=frozenset(signals), warmup=warmup, least_rows=MIN_ROWS, each_label=self.per_source)
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Take rows by the density of their norms.
@@ -120,7 +122,7 @@ class Grads:
             budget,
             stream,
             groups=groups,
-            dropped=_dropped(problem, scored, norms),
+            dropped=_dropped(scored),
             kept=self.rule if "density" in self.rule or self.rule == "product" else "signal",
             why_kept=lambda i: f"{self.rule} {value[i]:.4g} at signal {signal[i]:+.3f}",
             notes=_notes(problem, scored, signal, self),
@@ -168,9 +170,7 @@ def _refuse_unscored(problem: Problem, scored: Bool[np.ndarray, " N"]) -> None:
         )  # fmt: skip
 
 
-def _dropped(
-    problem: Problem, scored: Bool[np.ndarray, " N"], norms: list[Float[np.ndarray, " N"]]
-) -> dict[int, tuple[str, str]]:
+def _dropped(scored: Bool[np.ndarray, " N"]) -> dict[int, tuple[str, str]]:
     return {
         int(i): (
             "unscored:zero_norm",

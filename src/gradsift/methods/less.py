@@ -30,7 +30,7 @@ the golden case).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -102,16 +102,14 @@ class Less:
                 "less trains the navigator before it measures", where="--set epochs", got=0, expected="at least 1",
                 do="leave epochs out, or study the cold form with --set allow_cold=true",
             )  # fmt: skip
-        Warmup(
-            self.warmup_share, max(1, self.epochs), self.num_checkpoints
-        )  # refuses here rather than when it is needed
+        if not self.allow_cold:  # refuses here rather than when it is needed
+            Warmup(self.warmup_share, self.epochs, self.num_checkpoints)
 
     @property
     def needs(self) -> Needs:
         """A warm-up, then a forward and backward pass per checkpoint, over pool and target."""
-        warmup = Warmup(self.warmup_share, self.epochs, self.num_checkpoints, self.direction)
-        if self.allow_cold:
-            warmup = Warmup(epochs=0, direction="raw")
+        trained = (self.warmup_share, self.epochs, self.num_checkpoints, self.direction)
+        warmup = Warmup(epochs=0, direction="raw") if self.allow_cold else Warmup(*trained)
         return Needs(signals=frozenset({"grad_norm"}), target=True, warmup=warmup)
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
@@ -143,8 +141,8 @@ class Less:
             plain = self._in_turns(problem, budget, stream, found, notes, why)
         # Where no two rows that could be chosen are alike, leaving near-copies out changes nothing.
         if self.redundancy == 1 or not _alike(problem, plain, self.redundancy - 2 * found.noise):
-            return plain
-        return self._unlike(problem, budget, stream, found, notes)
+            return _with_shares(problem, plain, found)
+        return _with_shares(problem, self._unlike(problem, budget, stream, found, notes), found)
 
     def _in_turns(
         self,
@@ -281,6 +279,17 @@ def _length_note(problem: Problem, found: Influence) -> Note:
     here, all_rows = float(np.median(problem.num_trained[top])), float(np.median(problem.num_trained))
     text = f"median trained tokens of the 5% of largest influence: {here:g}, of the pool: {all_rows:g}"
     return Note("length", text, len(top))
+
+
+def _with_shares(problem: Problem, selection: Selection, found: Influence) -> Selection:
+    """Say how many chosen rows serve each subtask best: the maximum can starve one (less.md 7)."""
+    if len(found.subtasks) < 2:
+        return selection
+    place = {name: i for i, name in enumerate(problem.ids)}
+    best = found.table[[place[name] for name in selection.ids]].argmax(axis=1)
+    counts = zip(found.subtasks, np.bincount(best, minlength=len(found.subtasks)).tolist(), strict=True)
+    text = f"rows chosen by the subtask that they serve best: {', '.join(f'{name} {n}' for name, n in counts)}"
+    return replace(selection, notes=(*selection.notes, Note("subtasks", text, len(selection.ids))))
 
 
 def _flat_note(found: Influence) -> tuple[Note, ...]:

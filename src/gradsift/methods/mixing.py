@@ -101,8 +101,8 @@ def make_domains(
         merged = _small(of_row, least) if small == "merge" else []
         of_row = _nearest(of_row, groups.centers, merged)
         used, of_row = np.unique(of_row, return_inverse=True)
-        width = len(str(used.max()))
-        names, of_row = [f"cluster-{c:0{width}d}" for c in used], of_row.astype(np.int64)
+        width = len(str(len(used) - 1))  # numbered like the audit's clusters, whatever was merged
+        names, of_row = [f"cluster-{c:0{width}d}" for c in range(len(used))], of_row.astype(np.int64)
     if len(names) < 2:
         raise DataError(
             "a mixture needs at least two domains",
@@ -200,7 +200,7 @@ def select_by_mixture(
     return dataclasses.replace(
         selection,
         # a training lies between the signals and the mixture: no bound is known on what another measurement would give
-        cut=Cut(0.0, bound, problem.ids if bound else ()),
+        cut=Cut(0.0, bound, problem.ids if bound else (), known=False),
         cluster=domains.of_row.astype(np.int32),
         mixture=name_weights(names, weights),
         notes=tuple(said),
@@ -258,7 +258,7 @@ def run_notes(trajectory: Trajectory, names: Sequence[str]) -> list[Note]:
     high = np.flatnonzero(weights.max(axis=1) > COLLAPSED)
     if high.size:
         top = names[int(weights[high[0]].argmax())]
-        text = f"{top} held more than {COLLAPSED:.0%} of the weight from round {high[0]} on: a larger mu or smoothing spreads it"
+        text = f"{top} held more than {COLLAPSED:.0%} of the weight from round {high[0]} on: a larger mu, floor or smoothing spreads it"
         notes.append(Note("collapse", text, len(high)))
     if trajectory.drift >= SETTLED and not trajectory.rounds[-1].state.stopped:
         text = f"the mean weights still moved by {trajectory.drift:.3f} (L1) in the last fifth of the rounds: more rounds would move them on"

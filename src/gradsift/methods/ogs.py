@@ -153,7 +153,7 @@ class Ogs:
 def _cut(problem: Problem) -> Cut:
     """Say that no bound is known: groups and roll-outs may turn on the last bit of any row."""
     bound = max(problem.noise.norm, problem.noise.cos)
-    return Cut(0.0, bound, problem.ids if bound else ())
+    return Cut(0.0, bound, problem.ids if bound else (), known=False)
 
 
 def _scores(size: int, chosen: Int[np.ndarray, " k"]) -> Float[np.ndarray, " N"]:

@@ -19,7 +19,9 @@ decides the order.
 Departures from released code: from DYJG-research/THTB at 2eb4016 in these: lengths are tokens (``unit = chars`` for its own); K is
 floor(sqrt(n/2)) of the rows that reach step 3, where the code documents 161, which is that rule on Alpaca; clusters of
 one prompt join their neighbor, where the code then sets every SC to 0; scores are not rounded; the last stage keeps as
-many rows as the budget, so that rounding down twice leaves none short; below 4 rows SC is 0, and that is said.
+many rows as the budget, so that rounding down twice leaves none short; below 4 rows SC is 0, and that is said. Departures
+from our specification: a row without a score is always refused and never dropped; the level is the score of 1 to 21 only;
+nothing stands in for the reward; ranges are those of the stage and are not reported for the whole pool.
 """
 
 from __future__ import annotations

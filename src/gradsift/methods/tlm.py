@@ -89,6 +89,8 @@ class Tlm:
         top = clip_at(loss[long], self.clip)
         score = np.where(long, np.minimum(loss, top), np.nan)
         above = long & (loss > edge)
+        if above.any() and top <= edge:
+            raise _clip_too_low(top, edge)
         reach = 4 * problem.noise.loss
         near = long & (np.abs(loss - edge) <= reach) if reach and np.isfinite(edge) else None
         selection = select_ranked(
@@ -176,6 +178,17 @@ class Tlm:
                 Note("no_effect", "every prompt is above the threshold, which then has no effect", int(long.sum()))
             )
         return notes
+
+
+def _clip_too_low(top: float, edge: float) -> InfeasibleError:
+    """Every row above the threshold would count as if it stood below it, with a weight of 0."""
+    return InfeasibleError(
+        "perplexities are clipped at or below the threshold",
+        where="clip",
+        got=f"clipped at {np.exp(top):.4g}, threshold {_power(edge)}",
+        expected="a clip above the threshold",
+        do="--set clip=1, or lower the threshold: raise share, or lower log_threshold",
+    )
 
 
 def _power(edge: float) -> str:

@@ -113,7 +113,7 @@ def _layer(name: str) -> str:
 
 
 def adapter_sha256(model: torch.nn.Module) -> str:
-    """Hash the adapter: names, shapes, dtypes and bits of its matrices.
+    """Hash the adapter: names, shapes, dtypes and bits of its matrices, and the scale (alpha / rank) of its layers.
 
     Args:
         model: a model with an adapter.
@@ -127,6 +127,10 @@ def adapter_sha256(model: torch.nn.Module) -> str:
     for name, parameter in sorted(adapter_parameters(model), key=lambda pair: pair[0]):
         digest.update(f"{name}\x1f{tuple(parameter.shape)}\x1f{parameter.dtype}\x1f".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, module in sorted(model.named_modules()):
+        scales = getattr(module, "scaling", None)  # attention has one too, and it is a number there
+        for adapter, scale in sorted(scales.items()) if isinstance(scales, dict) else ():
+            digest.update(f"{name}\x1f{adapter}\x1f{scale!r}\x1f".encode())
     return digest.hexdigest()
 
 

@@ -64,11 +64,13 @@ def activate(
         ConfigError: an anchor has fewer than two rows with a gradient.
     """
     count, target = prepared.recipe.active_anchors, prepared.target
-    if count is None or target is None or not names:
+    if count is None or target is None or not names or not prepared.anchors:  # earlier checkpoints measure no anchor
         return Activated(prepared)
     place = out / "active"
     parts = [navigator.model_sha256, adapter_sha256(model) or "", *sorted(names), str(count), target.digest]
-    key = hash_parts(part.encode() for part in (*parts, *(f"{s.name} {s.digest}" for s in prepared.anchors)))
+    parts += [f"{s.name} {s.digest}" for s in prepared.anchors]
+    parts += [f"{s.name} {row}" for s in prepared.anchors for row in sorted(row.id for row in s.usable)]  # kept by id
+    key = hash_parts(part.encode("utf-8", "surrogatepass") for part in (*parts, prepared.recipe.navigator.dtype))
     path = place / f"{key}.json"
     if path.is_file():
         chosen = json.loads(path.read_text("utf-8"))

@@ -15,7 +15,7 @@ from gradsift.gradients.embed import content_order, reorder
 from gradsift.manifest import hash_parts, make_folder
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
-from gradsift.store.spec import read_spec
+from gradsift.store.spec import kept_specs
 
 
 def wants_embedding(prepared: Prepared, out: Path) -> bool:
@@ -32,9 +32,7 @@ def wants_embedding(prepared: Prepared, out: Path) -> bool:
     """
     if "embedding" in prepared.method.needs.signals:
         return True
-    signals = out / "signals"
-    folders = sorted(signals.iterdir()) if signals.is_dir() else []
-    kept = [spec for folder in folders if folder.is_dir() and (spec := read_spec(folder)) is not None]
+    kept = kept_specs(out / "signals")
     if kept:
         return any("embedding" in spec.signals for spec in kept)
     return prepared.recipe.collect.signals == "all"

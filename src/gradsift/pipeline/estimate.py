@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from gradsift.pipeline.measure import measured_rows, wants_gradients
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.progress import Clock, Progress
+from gradsift.pipeline.proxy_check import ProxyTokens, proxy_tokens
 from gradsift.pipeline.warm import num_warmup_tokens
 from gradsift.recipe import Recipe, parse_budget
 
@@ -47,6 +48,7 @@ class Plan:
         judged_by_probes: tokens they send forward afterwards.
         warmup_tokens: tokens that the navigator is trained on before the pass.
         num_passes: passes over the pool, one per checkpoint.
+        proxy: what trainings in rounds would take.
     """
 
     rows: dict[str, int]
@@ -65,6 +67,7 @@ class Plan:
     judged_by_probes: int = 0
     warmup_tokens: int = 0
     num_passes: int = 1
+    proxy: ProxyTokens = field(default_factory=ProxyTokens)
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Give the plan as (part, estimate) pairs for a table.
@@ -76,7 +79,7 @@ class Plan:
             tokens = f", {self.tokens[name]:,} tokens to measure" if name in self.tokens else ""
             yield f"rows of {name}", f"{count:,} usable of {self.read[name]:,} read{tokens}"
         yield "budget", f"{self.budget} of {self.rows['pool']:,} rows with {self.trained:,} trained tokens"
-        kind = "forward" if self.cost == "probe" else self.cost
+        kind = "forward" if self.cost in ("probe", "proxy") else self.cost
         yield "navigator", f"{self.num_parameters / 1e6:.1f}M weights, one {kind} pass"
         if "active anchors" in self.tokens:
             yield "active anchors", f"{self.tokens['active anchors']:,} tokens to measure before they are chosen"
@@ -86,6 +89,10 @@ class Plan:
         if self.num_probes:
             trained, judged = f"{self.trained_by_probes:,} tokens to train on", f"{self.judged_by_probes:,} to judge"
             yield "probes", f"{self.num_probes} short trainings: {trained}, {judged}"
+        if self.proxy.num_runs:
+            both, forward = f"about {self.proxy.both:,} tokens forward and backward", f"{self.proxy.forward:,} forward"
+            trainings = f"{self.proxy.num_runs} training{'s' * (self.proxy.num_runs > 1)} in rounds"
+            yield "proxy", f"{trainings}: {both}, {forward}"
         yield "memory", f"about {self.memory_bytes / 2**30:.1f} GiB"
         yield "disk", f"about {self.disk_bytes / 2**20:.1f} MiB of signals"
         yield "time", f"about {human_time(self.seconds)} to measure (within a factor of two)"
@@ -136,8 +143,10 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
     lora = recipe.navigator.parameters == "lora"
     num_probes, trained, judged = _probes(prepared)
     warmed, passes = _warmup(prepared)
-    products = {"text": 0, "forward": 2, "probe": 2, "gradient": 4 if lora else 6.5}[cost]
-    work = products * passes * sum(measured.values()) + (4 if lora else 6) * (trained + warmed) + 2 * judged
+    proxy = proxy_tokens(prepared)
+    products = {"text": 0, "forward": 2, "probe": 2, "proxy": 2, "gradient": 4 if lora else 6.5}[cost]
+    work = products * passes * sum(measured.values()) + (4 if lora else 6) * (trained + warmed + proxy.both)
+    work += 2 * (judged + proxy.forward)
     seconds = counts * work / (REACHED * product_speed()) if measured else 0.0
     roles = (prepared.pool, *prepared.directions)
     return Plan(
@@ -148,7 +157,7 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         budget=recipe.budget,
         num_parameters=counts,
         cost=cost,
-        memory_bytes=_memory(prepared, counts, cost, lora),
+        memory_bytes=_memory(prepared, counts, cost, lora, proxy.num_gradients),
         disk_bytes=_disk(prepared, cost),
         seconds=seconds,
         remarks=tuple(note.text for note in prepared.notes),
@@ -157,6 +166,7 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         judged_by_probes=judged,
         warmup_tokens=warmed,
         num_passes=passes,
+        proxy=proxy,
     )
 
 
@@ -218,7 +228,7 @@ def product_speed(seconds: float = 0.3) -> float:
     return count * 2 * 512**3 / (time.perf_counter() - begun)
 
 
-def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
+def _memory(prepared: Prepared, weights: int, cost: str, lora: bool, num_gradients: int = 0) -> int:
     config = json.loads((prepared.resolved.folder / "config.json").read_text("utf-8"))
     width = _width(prepared)
     layers = int(config.get("num_hidden_layers", config.get("n_layer", 24)))
@@ -232,9 +242,11 @@ def _memory(prepared: Prepared, weights: int, cost: str, lora: bool) -> int:
     activations = tokens * layers * width * 16 * size + tokens * vocabulary * 4 * 3
     chosen = weights // 20 if lora else weights
     directions = 2 * len(prepared.directions) * chosen * 4 if cost == "gradient" else 0
-    # A probe keeps the starting weights, a gradient and the two moments of AdamW of what it trains; so does a warm-up.
-    learns = prepared.method.needs.probes is not None or prepared.method.needs.warmup is not None
-    learner = 4 * chosen * 4 if learns else 0
+    # A probe keeps the starting weights, a gradient and the two moments of AdamW of what it trains; so do a warm-up and a
+    # proxy, which besides keeps the gradient of every domain and task.
+    needs = prepared.method.needs
+    learns = needs.probes is not None or needs.warmup is not None or needs.proxy
+    learner = (4 + num_gradients) * chosen * 4 if learns else 0
     return (500 << 20) + weights * size + activations + directions + learner
 
 

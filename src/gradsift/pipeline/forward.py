@@ -17,7 +17,7 @@ from gradsift.data.prompts import prompt_and_response, prompt_mask
 from gradsift.data.show import plain_text
 from gradsift.data.tokenize import tokenize_rows
 from gradsift.gradients.taps import Extras, find_layers, hidden_name, refuse_layers, start_token
-from gradsift.store.spec import read_spec
+from gradsift.store.spec import kept_specs
 from gradsift.types import TokenRow
 
 if TYPE_CHECKING:
@@ -55,12 +55,11 @@ def wanted_extras(prepared: Prepared, model: nn.Module, out: Path) -> Extras:
     Raises:
         ConfigError: a layer is not there.
     """
-    needs, folder = prepared.method.needs, out / "signals"
+    needs = prepared.method.needs
     names = {name for name in needs.signals if name in ("prompt_loss", "alone_loss")}
     names |= {hidden_name(layer) for layer in needs.layers}
-    for place in sorted(folder.iterdir()) if folder.is_dir() else []:
-        spec = read_spec(place) if place.is_dir() else None
-        names |= set(spec.extras if spec else ())
+    for spec in kept_specs(out / "signals"):
+        names |= set(spec.extras)
     layers = tuple(sorted(int(n.removeprefix("hidden_")) for n in names if n.startswith("hidden_")))
     if layers:
         refuse_layers(layers, len(find_layers(model)))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.data.batches import plan_shards
 from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.geometry.anchors import split_half
 from gradsift.geometry.checkpoints import Warmup
@@ -35,6 +34,7 @@ from gradsift.gradients.directions import (
 )
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import VERSION, Projector
+from gradsift.launch.bench import Bench
 from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
 from gradsift.models.adapter import adapter_sha256, attach_lora
 from gradsift.models.load import Navigator, load_navigator
@@ -56,8 +56,9 @@ from gradsift.pipeline.warm import (
 from gradsift.seeds import stream
 from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore, open_store
-from gradsift.store.spec import GradientSpec, Projection, content_hash, store_folder
-from gradsift.store.writer import open_writer
+from gradsift.store.spec import GradientSpec, Projection, kept_specs, store_folder
+from gradsift.store.staging import STAGING, adopt_staged
+from gradsift.store.writer import SignalWriter, open_writer
 from gradsift.types import Direction, Noise, Note, RowStatus, TokenRow
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Measurement:
         direction_noise: bound on a cosine of two unit sketches, where rows' directions are kept.
         checkpoints: passes at the checkpoints of a warm-up (:mod:`gradsift.pipeline.checkpoints`).
         warmup: facts of the training before, or None.
+        launch: which processes measured and what became of their units; None for one process alone.
     """
 
     navigator: Navigator
@@ -102,6 +104,7 @@ class Measurement:
     direction_noise: float = 0.0
     checkpoints: tuple[Any, ...] = ()
     warmup: Mapping[str, Any] | None = None
+    launch: Mapping[str, Any] | None = None
 
 
 def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
@@ -132,12 +135,14 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
     Raises:
         DataError: rows that were measured earlier are no longer in the pool.
     """
-    recipe, gradients = prepared.recipe, wants_gradients(prepared)
+    recipe, gradients = prepared.recipe, wants_gradients(prepared, out)
     notes: list[Note] = []
     with clock.stage("load"):
         navigator = load_navigator(prepared.resolved, dtype=recipe.navigator.dtype, device=recipe.navigator.device)
         notes += navigator.notes
         _check_fit(prepared, navigator)
+    # A worker goes on when rank 0 has made the adapter, the anchors' rows and the directions, and reads them back.
+    prepared.launch.wait_open("signals" if at is None else at.signals, lambda n, tokens: clock.tick("wait", n, tokens))
     rows = measured_rows(prepared)
     model: Any = navigator.model
     if at is not None and at.checkpoint is not None:
@@ -213,9 +218,21 @@ def _directions_kept(
     return target_sketches(built, prepared), direction_noise(run, rows, store, folder, prepared.recipe.seed)
 
 
-def wants_gradients(prepared: Prepared) -> bool:
-    """Tell whether the pass needs a backward: the method's signals, or all of them."""
-    return prepared.recipe.collect.signals == "all" or prepared.method.needs.gradients
+def wants_gradients(prepared: Prepared, out: Path | None = None) -> bool:
+    """Tell whether the pass needs a backward: the method's signals, all of them, or what the folder holds already.
+
+    A folder that holds signals keeps what it measures, so that a method that needs less goes on with them.
+
+    Args:
+        prepared: the run's inputs.
+        out: the run folder, which need not exist; None for a fresh one.
+
+    Returns:
+        True where gradients are measured.
+    """
+    if prepared.recipe.collect.signals == "all" or prepared.method.needs.gradients:
+        return True
+    return out is not None and any(spec.parameters != "none" for spec in kept_specs(out / "signals"))
 
 
 def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
@@ -350,22 +367,39 @@ def _collect(
 ) -> None:
     recipe = prepared.recipe
     made_by = {**versions(), "device": str(next(run.engine.model.parameters()).device)}
+    bench = Bench(
+        folder.parent.name, folder, spec, rows, recipe.collect.rows_per_shard,
+        lambda some: measure_shard(run, some), run.tick, made_by,
+    )  # fmt: skip
+    if not prepared.launch.commits:
+        with run.engine:
+            prepared.launch.serve(bench)
+        return
     with open_writer(folder, spec, made_by=made_by) as writer, run.engine:
+        _adopt_left(bench, writer, clock)
         done = writer.committed_ids()
         _refuse_removed(prepared, set(done), folder)
         todo = sum(row.num_tokens for row in rows if row.id not in done)
         if done:
             clock.progress.say(f"resuming: {len(done)} of {len(rows)} rows were measured before")
         with clock.stage("collect", todo):
-            for shard in plan_shards(rows, range(len(rows)), recipe.collect.rows_per_shard):
-                some = [rows[i] for i in shard]
-                hashes = [content_hash(row.input_ids, row.trained) for row in some]
-                left = [some[i] for i in writer.missing([row.id for row in some], hashes)]
-                writer.beat()
-                if left:
-                    writer.commit(measure_shard(run, left))
-                    counts = Counter({RowStatus(k): n for k, n in writer.status_counts().items()})
-                    refuse_if_mostly_bad(counts, recipe.collect.abort_share)
+
+            def after() -> None:
+                counts = Counter({RowStatus(k): n for k, n in writer.status_counts().items()})
+                refuse_if_mostly_bad(counts, recipe.collect.abort_share)
+
+            prepared.launch.collect(bench, writer, after)
+
+
+def _adopt_left(bench: Bench, writer: SignalWriter, clock: Clock) -> None:
+    """Commit what workers of a killed run had staged, and say so."""
+    if not (bench.folder / STAGING).is_dir():
+        return
+    left = adopt_staged(writer, bench.contents(), opening=True)
+    if left.units:
+        clock.progress.say(f"adopted {left.num_rows} rows that workers of an earlier run had measured")
+    for unit, why in left.refused.items():
+        clock.progress.say(f"refused the staged shard {unit}: {why}; its rows are measured again")
 
 
 def _refuse_removed(prepared: Prepared, committed: set[str], folder: Path) -> None:

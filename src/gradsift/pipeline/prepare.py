@@ -11,11 +11,14 @@ from gradsift.data.columns import read_columns
 from gradsift.data.pool import Pool, read_pool
 from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
 from gradsift.errors import ConfigError, DataError
+from gradsift.launch.bench import INLINE, Launch
 from gradsift.methods import Method
 from gradsift.models.load import load_tokenizer
 from gradsift.models.resolve import Resolved, resolve_navigator
+from gradsift.pipeline.early import check_early
 from gradsift.pipeline.forward import reads_prompts
 from gradsift.pipeline.progress import Clock
+from gradsift.pipeline.proxy_check import check_proxy
 from gradsift.pipeline.warm_check import check_warmup
 from gradsift.recipe import Recipe, SourceConfig
 from gradsift.seeds import stream
@@ -73,6 +76,7 @@ class Prepared:
         target: what must be learned.
         dev: held-out rows of the anchors in their order, then of the target; empty unless the method wants roll-outs.
         notes: remarks about the data.
+        launch: how the units of the pass are given to processes.
     """
 
     recipe: Recipe
@@ -85,6 +89,7 @@ class Prepared:
     target: Source | None
     notes: tuple[Note, ...]
     dev: tuple[Source, ...] = ()
+    launch: Launch = INLINE
 
     @property
     def directions(self) -> tuple[Source, ...]:
@@ -147,7 +152,8 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             where="--pool",
             got=", ".join(source.label for source in recipe.pool),
             expected="--pool medical=a.jsonl --pool law=b.jsonl",
-            do="give several labeled files, or --set domains=cluster",
+            do="give several labeled files, or find domains: --set domains="
+            + ("clusters" if method.name == "daar" else "cluster"),
         )
     if (
         (needs.rollouts or needs.proxy)
@@ -155,7 +161,7 @@ def check_needs(recipe: Recipe, method: Method) -> None:
         and recipe.navigator.parameters != "lora"
     ):
         raise ConfigError(
-            "roll-outs cannot train bfloat16 weights: rounding swallows their steps",
+            f"{'proxy runs' if needs.proxy else 'roll-outs'} cannot train bfloat16 weights: rounding swallows their steps",
             where="navigator.dtype",
             got="bfloat16 with navigator.parameters other than lora",
             expected="float32, or an adapter",
@@ -232,6 +238,8 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
         by_role["target"][0] if by_role["target"] else None,
         (),
     )
+    check_proxy(prepared)
+    check_early(prepared)
     prepared = replace(prepared, notes=tuple(_data_notes(prepared)))
     return _with_dev(prepared) if method.needs.rollouts else prepared
 

@@ -7,7 +7,7 @@ round it was in; of the weights only the last are kept.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from gradsift.manifest import canonical_json, hash_parts, make_folder, write_byt
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
+from gradsift.pipeline.proxy_check import cost_notes, split_tasks
 from gradsift.pipeline.trainable import trainable_navigator
 from gradsift.seeds import Stream, stream
 from gradsift.store.records import RecordStore
@@ -29,8 +30,8 @@ from gradsift.train.loop import Loop
 from gradsift.train.moments import load_moments, put_moments, read_moments, save_moments
 from gradsift.train.parts import Cost, trainable
 from gradsift.train.proxy import ModelBench
-from gradsift.train.proxy_rows import ProxyConfig, ProxyRows, Reference, make_loop, task_rows, train_reference
-from gradsift.types import TokenRow
+from gradsift.train.proxy_rows import ProxyConfig, ProxyRows, Reference, make_loop, train_reference
+from gradsift.types import Note, TokenRow
 
 VERSION = 1
 
@@ -118,6 +119,7 @@ class NavigatorProxy:
         self.costs: dict[str, dict[str, Cost]] = {}
         self.num_rounds: dict[str, int] = {}
         self.folders: dict[str, str] = {}
+        self.sampled: list[str] = []
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -170,12 +172,8 @@ class NavigatorProxy:
         Returns:
             All rounds.
         """
-        recipe, draws = self.prepared.recipe, stream(self.prepared.recipe.seed, "proxy")
-        sources = {source.name: source.usable for source in self.prepared.directions}
-        probes, held = task_rows(
-            {task: sources[task] for task in domains.tasks}, recipe.proxy.held_share, recipe.proxy.held_rows,
-            draws.child("held"),
-        )  # fmt: skip
+        draws = stream(self.prepared.recipe.seed, "proxy")
+        probes, held = split_tasks(self.prepared, domains.tasks)
         rows = ProxyRows(self.rows, probes, held, self.prepared.pad_id)
         fields = self._fields(rows, plan, domains)
         with self.clock.stage("proxy", told=False):
@@ -187,6 +185,7 @@ class NavigatorProxy:
             done = play(rule, plan, domains, bench)
         self.costs[name] = dict(bench.cost)
         self.num_rounds[name] = len(done.rounds)
+        self.sampled += [name] if plan.training == "sampled" else []
         return done
 
     def _tick(self) -> None:
@@ -242,6 +241,18 @@ class NavigatorProxy:
 
     def _count(self, cost: Cost) -> None:
         self.clock.tokens["proxy"] = self.clock.tokens.get("proxy", 0) + cost.forward_tokens
+
+    def notes(self, chosen: Collection[str]) -> list[Note]:
+        """Say what the proxy runs took beside an epoch on the chosen rows.
+
+        Args:
+            chosen: ids.
+
+        Returns:
+            Remarks.
+        """
+        some = set(chosen)
+        return cost_notes(self.costs, self.sampled, sum(row.num_tokens for row in self.rows if row.id in some))
 
     def summary(self) -> dict[str, Any]:
         """What the proxy runs took, rounds that were read back included.

@@ -15,10 +15,10 @@ from typing import Any
 
 from gradsift.data.export import write_mixture, write_selected
 from gradsift.errors import ConfigError
+from gradsift.launch.seat import Seat
 from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
 from gradsift.methods import make_method
 from gradsift.pipeline.audit import audit_table, with_probes, write_audit
-from gradsift.pipeline.checkpoints import measure_trained
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
 from gradsift.pipeline.learner import NavigatorLearner
 from gradsift.pipeline.measure import Measurement, refuse_weak
@@ -28,6 +28,7 @@ from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.problem import build_problem, eligible_rows
 from gradsift.pipeline.progress import Clock, Progress, Silent
 from gradsift.pipeline.proxy import NavigatorProxy
+from gradsift.pipeline.serve import measure_together, needs_model
 from gradsift.recipe import Recipe, dump_recipe, parse_budget
 from gradsift.report.card import render_card
 from gradsift.seeds import stream
@@ -56,7 +57,12 @@ class Outcome:
 
 
 def select(
-    recipe: Recipe, out: Path, *, command: str = "gradsift.select(...)", progress: Progress | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    command: str = "gradsift.select(...)",
+    progress: Progress | None = None,
+    seat: Seat | None = None,
 ) -> Outcome:
     """Select rows and write the run folder; the same call resumes a run that was stopped.
 
@@ -65,6 +71,7 @@ def select(
         out: the run folder, made when absent.
         command: what a person would type to get the same; goes into the manifest.
         progress: who is told; nobody by default.
+        seat: this process, where several measure together; it is the one that commits (others call ``serve``).
 
     Returns:
         The selection and the files.
@@ -78,8 +85,7 @@ def select(
         design_probes(prepared, eligible_rows(prepared, None))  # refuses before a model loads
     make_folder(out)
     write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
-    needs_model = method.needs.cost_class != "text" or recipe.collect.signals == "all"
-    measured = measure_trained(prepared, out, clock) if needs_model else None
+    measured = measure_together(prepared, out, clock, seat) if needs_model(recipe, prepared) else None
     if measured is not None:
         refuse_weak(prepared, {d.name: d for d in measured.directions})
     probed = None
@@ -95,7 +101,8 @@ def select(
             problem = dataclasses.replace(problem, proxy=proxy)
         selection = method.select(problem, budget, stream(recipe.seed, f"select/{method.name}"))
         notes = (*prepared.notes, *(measured.notes if measured else ()), *(probed.notes if probed else ()))
-        selection = dataclasses.replace(selection, notes=(*notes, *selection.notes))
+        taken = problem.proxy.notes(selection.ids) if problem.proxy else ()
+        selection = dataclasses.replace(selection, notes=(*notes, *selection.notes, *taken))
     with clock.stage("write"):
         files, manifest = _write(prepared, (measured, probed), problem, selection, out, command, clock)
     return Outcome(selection, out, files, manifest)
@@ -153,6 +160,7 @@ def _write(
         "probes": dict(probed.summary) if probed else None,
         "rollouts": problem.learner.summary() if problem.learner else None,
         "warmup": dict(measured.warmup) if measured is not None and measured.warmup else None,
+        "launch": dict(measured.launch) if measured is not None and measured.launch else None,
         "proxy": problem.proxy.summary() if problem.proxy else None,
         "selection": _selection(selection),
         **batch_checks(problem, selection, prepared.recipe.seed),
@@ -243,6 +251,7 @@ def _selection(selection: Selection) -> dict[str, Any]:
             "margin": selection.cut.margin,
             "bound": selection.cut.bound,
             "undecided": list(selection.cut.undecided),
+            "known": selection.cut.known,
         },
         "certificate": dataclasses.asdict(selection.certificate) if selection.certificate else None,
         "mixture": dict(selection.mixture) if selection.mixture else None,

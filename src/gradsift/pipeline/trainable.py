@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.models.adapter import attach_lora
 from gradsift.models.load import load_navigator
 from gradsift.models.parameters import choose_parameters
-from gradsift.pipeline.measure import Measurement, measured_rows, wants_gradients, with_adapter
+from gradsift.pipeline.measure import Measurement, measured_rows, with_adapter
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
 
@@ -35,7 +35,7 @@ def trainable_navigator(
     model: Any = measured.navigator.model
     if recipe.navigator.parameters == "lora":
         navigator = measured.navigator
-        if wants_gradients(prepared):  # its model carries the pass's adapter
+        if measured.spec.parameters != "none":  # its model carries the pass's adapter
             navigator = load_navigator(prepared.resolved, dtype=recipe.navigator.dtype, device=recipe.navigator.device)
         if warmed is None:
             model = attach_lora(navigator.model, recipe.navigator.lora, recipe.seed)

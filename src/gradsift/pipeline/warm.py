@@ -84,8 +84,10 @@ def train_navigator(
     recipe = prepared.recipe
     names = set(choose_parameters(model, recipe.navigator.parameters).names)
     lora = recipe.navigator.parameters == "lora"
-    start = hash_parts([navigator.model_sha256.encode(), (adapter_sha256(model) if lora else "").encode(),
-                        *(name.encode() for name in sorted(names))])  # fmt: skip
+    # The adapter's scale and the arithmetic are no part of its bits, and train to other weights.
+    how = [f"{recipe.navigator.lora.alpha!r}" if lora else "", recipe.navigator.dtype]
+    start = hash_parts(part.encode() for part in (navigator.model_sha256, adapter_sha256(model) if lora else "", *how,
+                                                  *sorted(names)))  # fmt: skip
     config = recipe.warmup
     run = WarmupRun(
         lr=config.lr if lr is None else lr, batch_size=config.batch_size, schedule=config.schedule, rise=config.rise,

@@ -128,6 +128,7 @@ class CutEntry(Part):
     margin: float | None = None
     bound: float | None = None
     undecided: Listed[str] = ()
+    known: bool = True
 
 
 class CertificateEntry(Part):

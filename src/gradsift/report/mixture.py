@@ -59,10 +59,14 @@ def mixture_section(manifest: Mapping[str, Any]) -> str:
         f"| {str(name).replace('|', chr(92) + '|')} | {weight:.4f} |"
         for name, weight in sorted(mixture.items(), key=lambda one: (-one[1], one[0]))
     ]
-    lines += ["", "A trainer that samples takes them with one data set per domain:", "", "```python", *SAMPLING, "```"]
+    lines += ["", *WHOSE, "", "```python", *SAMPLING, "```"]
     return "\n".join(lines)
 
 
+WHOSE = (
+    "A domain is a label of the pool; `cluster-N` are the rows whose `cluster` in `audit.parquet` is N.",
+    "A trainer that samples takes the probabilities with one data set per domain:",
+)
 # parts: domain -> datasets.Dataset; the default stopping strategy would end with the first domain that runs out
 SAMPLING = (
     "mixture = json.loads(Path('mixture.json').read_text())",

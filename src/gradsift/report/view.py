@@ -304,6 +304,11 @@ def cut_words(manifest: Manifest) -> str:
     if cut is None or cut.margin is None:
         return f"The margin at the cut was {UNKNOWN}."
     margin, bound = number(cut.margin), number(cut.bound)
+    if not cut.known:
+        return (
+            f"The numerical bound of the signals is {bound}. How far errors of that size move the choice is not known: "
+            "between the signals and the choice lies more than a comparison of scores, so no row's side is proven."
+        )
     if cut.undecided:
         return (
             f"The margin at the cut is {margin}, the numerical bound {bound}. "

@@ -296,6 +296,22 @@ def refuse_future(data: bytes, path: Path) -> None:
         )
 
 
+def kept_specs(signals: Path) -> list[GradientSpec]:
+    """Read what a run has measured already.
+
+    Args:
+        signals: the run's ``signals`` folder; need not exist.
+
+    Returns:
+        The descriptions of its stores.
+
+    Raises:
+        StoreError: a description is damaged or from a newer version.
+    """
+    folders = sorted(signals.iterdir()) if signals.is_dir() else []
+    return [spec for folder in folders if folder.is_dir() and (spec := read_spec(folder)) is not None]
+
+
 def store_folder(signals: Path, spec: GradientSpec) -> Path:
     """Name the store of a run, and refuse when the run already holds signals of another meaning.
 

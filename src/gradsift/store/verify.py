@@ -159,6 +159,20 @@ def _check_shard(
     status.update(counts)
 
 
+def check_shard(folder: Path, record: Record, spec: GradientSpec) -> tuple[Damage, ...]:
+    """Hash every file of one shard and reconcile its rows and statuses with its record.
+
+    Args:
+        folder: the folder that holds ``shards``.
+        record: the shard's record, whose seal is whole.
+        spec: what the shard must hold.
+
+    Returns:
+        Everything that is wrong; empty when the shard is sound.
+    """
+    return tuple(_check_shard(folder, record, spec, Counter(), {}))
+
+
 def _extras(folder: Path, ledger: Ledger) -> tuple[str, ...]:
     known = {f"{SHARDS}/{name}" for record in ledger.records for name in record.files}
     known |= {f"{LEDGER}/{record.unit}{RECORD_SUFFIX}" for record in ledger.records}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -158,6 +158,29 @@ class SignalWriter:
         self._remember(part.ids, part.content_hashes, record)
         self._lock.beat()
         return Committed(record.unit, len(part.ids), len(result.ids) - len(part.ids))
+
+    def adopt(
+        self, record: Record, ids: tuple[str, ...], content_hashes: tuple[str, ...], put: Callable[[], None]
+    ) -> None:
+        """Commit a shard that another process measured and the caller has verified (:mod:`gradsift.store.staging`).
+
+        Args:
+            record: its record, as staged.
+            ids: its row ids; none of them committed.
+            content_hashes: their content hashes.
+            put: gives the shard's files their place under ``shards``; they are durable already.
+
+        Raises:
+            StoreError: the disk reports an error, the writer is closed, or an earlier commit failed.
+        """
+        self._refuse_closed()
+        self._failed = True  # as in commit
+        put()
+        fsync_folder(self.folder / SHARDS)
+        write_bytes_atomic(self.folder / LEDGER / f"{record.unit}{RECORD_SUFFIX}", encode_record(record))
+        self._failed = False
+        self._remember(ids, content_hashes, record)
+        self._lock.beat()
 
     def close(self) -> None:
         """Give the store free for the next writer. Does nothing when already closed."""

@@ -203,7 +203,7 @@ def split_task(
             where="--target" if name == "target" else f"--anchor {name}",
             got=f"{len(one_each)} different rows, of which {count} would give the loss",
             expected="at least 2 for the loss and 2 for the gradient",
-            do="give more rows, or --set proxy.held_share=0.5",
+            do="give more rows (4 are the least), or --set proxy.held_share, which says how many give the loss",
         )
     held, probes = (
         sorted((one_each[i] for i in some), key=lambda row: row.id) for some in (order[:count], order[count:])

@@ -227,7 +227,7 @@ def _step(loop: Loop, rows: Sequence[TokenRow]) -> None:
     except NumericsError as error:
         raise NumericsError(
             "the loss of the warm-up is not finite", where=error.where, got=error.got, expected="a finite number",
-            do="lower it: --set warmup.lr=1e-5",
+            do="lower its learning rate: --set warmup.lr=1e-5 (navigator.lora.warmup_lr for navigator.lora.warmup_share)",
         ) from None  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_replay_stands_beside_a_mixture_and_a_placebo_of_scores_is_refused():
     settings = {"num_rounds": 2, "rows_per_domain": 8, **SHORT}
     found = choose(desk, ArmSpec("mix", "doge", settings, replay=0.25))
     assert sum(i in {row.id for row in desk.world.replay} for i in found.ids) == round(0.25 * BUDGET)
-    with pytest.raises(ConfigError, match="no scores"):
-        choose(desk, ArmSpec("sham", "doge", settings, placebo="permuted_scores"))
+    with pytest.raises(ConfigError, match="no scores"):  # before any cell
+        ArmSpec("sham", "doge", settings, placebo="permuted_scores")
     with pytest.raises(ConfigError, match="no such setting"):
         choose(desk, ArmSpec("mix", "doge", {"proxy": {"rate": 1}}))

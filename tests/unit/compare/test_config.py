@@ -12,6 +12,8 @@ from gradsift.compare.worlds import resolve, world_settings
 from gradsift.compare.written import changed_field, load_preset, parse_seeds, presets, with_overrides, write_seeds
 from gradsift.errors import ConfigError
 
+RANDOM = {"name": "random", "method": "random"}
+
 
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_seeds_survive_writing(seeds):
@@ -43,6 +45,8 @@ def test_seeds_named_twice_are_refused():
         ({"arms": [{"name": "random", "method": "random"}] * 2}, "names of their own"),
         ({"arms": [{"name": "random", "method": "random"}, {"name": "best_cheap", "method": "random"}]}, "best_cheap"),
         ({"arms": [{"name": "a/b", "method": "random"}, {"name": "random", "method": "random"}]}, "a/b"),
+        ({"arms": [RANDOM, {"name": "b", "method": "loss", "settings": {"bond": "low"}}]}, "arm b, settings"),
+        ({"arms": [RANDOM, {"name": "b", "method": "loss", "settings": {"band": "lowest"}}]}, "arm b, settings band"),
     ],
 )
 def test_contradictions_are_refused(change, words):

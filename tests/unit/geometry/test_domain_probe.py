@@ -13,6 +13,7 @@ from gradsift.geometry.entropy import (
     domain_quotas,
     entropy,
     keep_apart,
+    least_probe_rows,
     num_probe_rows,
     pseudo_labels,
     seed_centroids,
@@ -74,6 +75,13 @@ def test_how_many_rows_the_probe_learns_from():
     assert num_probe_rows(5003, 4, 0.2, 50) == 1000
     assert num_probe_rows(600, 4, 0.2, 50) == 200
     assert num_probe_rows(150, 4, 0.2, 50) == 200  # more than there are: the caller refuses
+
+
+@given(num=st.integers(1, 6000), domains=st.integers(2, 9), per=st.integers(1, 900))
+@settings(derandomize=True, database=None)
+def test_the_least_pool_is_the_smallest_that_has_as_many_rows_as_the_probe_asks_for(num, domains, per):
+    enough = max(2, num_probe_rows(num, domains, 0.2, per)) <= num
+    assert enough == (num >= least_probe_rows(domains, per))
 
 
 def test_seeds_make_centroids_or_are_refused():

@@ -97,6 +97,27 @@ def test_scores_of_texts_are_those_of_the_slow_twin():
     assert text_silhouettes(TEXTS, 100, stream(1, "x")).labels.tolist() == got.labels.tolist()
 
 
+def test_prompts_without_a_counted_word_are_no_farther_from_each_other_than_from_the_rest():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = [*TEXTS, "1 2", "a b", "x"]  # pieces of one sign: no word of the usual tokenizer, so a vector of zeros
+    got = text_silhouettes(texts, 100, stream(1, "x"))
+    rows = TfidfVectorizer(max_features=100).fit_transform(texts).toarray()
+    assert len(set(got.labels[9:].tolist())) == 1
+    assert got.score == pytest.approx(slow_silhouettes(rows, got.labels.tolist()), abs=1e-9)
+
+
+def test_silhouettes_take_no_table_of_all_pairs():
+    import tracemalloc
+
+    some = [f"{TEXTS[k % 9]} word{k % 40}" for k in range(3000)]
+    tracemalloc.start()
+    text_silhouettes(some, 20, stream(1, "x"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 3000**2 / 2
+
+
 def test_copies_get_equal_scores_and_lone_clusters_join_a_neighbor():
     got = text_silhouettes([*TEXTS, *TEXTS[:2]], 100, stream(1, "x"))
     assert got.score[0] == pytest.approx(got.score[9])

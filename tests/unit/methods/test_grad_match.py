@@ -256,6 +256,7 @@ def test_a_matching_that_wants_fewer_rows_than_asked_is_a_shortage_and_nothing_i
     assert selection.ids == ("r000", "r001")
     note = next(n for n in selection.notes if n.code == "shortage")
     assert note.count == 2
+    assert not selection.cut.known  # no row was settled by id
     assert "no batch that is left points towards" in note.text
     assert set(selection.reason_code[2:]) == {"dropped:not_needed"}
 

@@ -69,6 +69,20 @@ def test_the_absolute_threshold_says_when_it_does_nothing_or_takes_nothing():
     assert "mode=quantile" in refusal.value.do
 
 
+@pytest.mark.parametrize("settings", [{"share": 0.01}, {"mode": "absolute"}])
+def test_a_clip_below_the_threshold_is_refused_and_not_weighed_with_nothing(settings):
+    loss = np.array(PROBLEM.prompt_loss)
+    edge = float(np.sort(loss)[-3])  # two of 160 prompts are above
+    settings = {**settings, "clip": 0.9, **({"log_threshold": edge} if "mode" in settings else {})}
+    with pytest.raises(InfeasibleError, match="clipped at or below the threshold") as refusal:
+        choose("tlm", settings, budget=Budget(rows=1))
+    assert "clip=1" in refusal.value.do
+    got = choose("tlm", {**settings, "clip": 1.0}, budget=Budget(rows=1))
+    assert got.weights.tolist() == [1.0]
+    with pytest.raises(InfeasibleError, match="leaves no row"):  # equal prompts: no threshold parts them
+        choose("tlm", {"clip": 0.9}, changed(prompt_loss=np.ones(160)))
+
+
 # -- ifd -----------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +162,9 @@ def test_a_preferred_domain_may_give_half_of_its_rows():
     assert per["s0"] == int(sizes["s0"] * 0.1 + 0.5)
     assert "shortage" in codes(got)
     with pytest.raises(ConfigError, match="no such domain"):
-        choose("daar", {**DAAR, "prefer": "law"})
+        choose("daar", {**DAAR, "domains": "sources", "prefer": "law"})
+    with pytest.raises(ConfigError, match="no such domain"):  # numbers are known without a pool
+        make_method("daar", {**DAAR, "prefer": "law"})
     with pytest.raises(ConfigError, match="at least two domains"):
         choose("daar", {**DAAR, "domains": "sources"}, replace(PROBLEM, sources=("one",) * 160))
 
@@ -273,7 +289,11 @@ def test_a_level_with_too_few_facts_is_a_shortage_or_widened_by_its_neighbors():
 
 def test_what_is_no_set_of_known_facts_is_refused():
     with pytest.raises(ConfigError, match="level 0"):
-        choose("memory_level", {**SHORT, "level": 0})
+        make_method("memory_level", {"level": 0})
+    blank = replace(facts([4] * 160), texts=(("which", " "), *PROBLEM.texts[1:]))
+    with pytest.raises(DataError, match="a fact has no object") as refusal:
+        choose("memory_level", SHORT, blank)
+    assert PROBLEM.ids[0] in refusal.value.where
     assert len(choose("memory_level", {**SHORT, "level": 0, "allow_unknown": True}, facts([0] * 160)).ids) == 24
     with pytest.raises(DataError, match="no set of short answers"):
         choose("memory_level")
@@ -286,6 +306,17 @@ def test_what_is_no_set_of_known_facts_is_refused():
     counts[:] = [(5.0,) * 4] * 160
     with pytest.raises(DataError, match="recall counts"):
         choose("memory_level", SHORT, replace(PROBLEM, external={"recall_counts": counts}))
+
+
+def test_many_facts_are_warned_about_however_they_are_asked_for():
+    import gradsift.methods.memory_level as module
+
+    problem = facts([4] * 160)
+    assert "many" not in codes(choose("memory_level", SHORT, problem, Budget(percent=50.0)))
+    with pytest.MonkeyPatch.context() as patch:  # 1,920 rows, asked for as a percentage
+        real = module.resolve_budget
+        patch.setattr(module, "resolve_budget", lambda *a: replace(real(*a), rows=1920))
+        assert "many" in codes(choose("memory_level", SHORT, problem, Budget(percent=50.0)))
 
 
 def test_few_templates_and_uncertain_recalls_are_counted():

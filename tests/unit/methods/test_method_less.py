@@ -55,6 +55,19 @@ def test_the_aggregation_of_the_specification():
     assert choose(golden(), Budget(rows=1), aggregate="max").ids == ("z001",)
 
 
+def test_the_rows_chosen_are_counted_by_the_subtask_that_they_serve_best():
+    for how in ("max", "round_robin"):
+        note = next(n for n in choose(golden(), aggregate=how).notes if n.code == "subtasks")
+        assert note.text.endswith("A 2, B 0")
+    alone = problem(*spread(1), "T" * 6)
+    assert "subtasks" not in {n.code for n in choose(alone).notes}
+
+
+def test_the_cold_form_asks_nothing_of_epochs():
+    needs = make_method("less", {"allow_cold": True, "epochs": 0}).needs
+    assert needs.warmup.epochs == 0
+
+
 def slow_turns(table, count):
     left, out, turn = list(range(len(table))), [], 0
     while len(out) < count:

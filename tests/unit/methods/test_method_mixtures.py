@@ -302,6 +302,9 @@ def test_small_clusters_join_the_nearest_one():
     merged = make_domains(problem, "cluster", stream=stream(0, "c"), num_clusters=3, least=5, small="merge")
     assert sorted(merged.domains.sizes.tolist()) == [62, 98]
     assert merged.domains.of_row[-1] == merged.domains.of_row[0]
+    first = replace(PROBLEM, sketch=np.roll(sketch, 2, axis=0))  # the small one is number 0 now
+    merged = make_domains(first, "cluster", stream=stream(0, "c"), num_clusters=3, least=5, small="merge")
+    assert merged.domains.names == ("cluster-0", "cluster-1")  # the numbers of the rows, which the audit shows
 
 
 def test_without_a_proxy_or_with_a_zero_gradient_it_is_refused():

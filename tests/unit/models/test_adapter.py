@@ -71,6 +71,8 @@ def test_bits_depend_on_names_and_seed_alone():
     torch.manual_seed(99)
     assert adapter_sha256(attach_lora(llama(), LORA, 7)) == first
     assert adapter_sha256(attach_lora(llama(), LORA, 8)) != first
+    louder = LORA.model_copy(update={"alpha": 2 * LORA.alpha})  # the same matrices, but every gradient is twice as long
+    assert adapter_sha256(attach_lora(llama(), louder, 7)) != first
     # A layer draws the same numbers whatever other layers have adapters, and different layers differ.
     every = dict(adapter_parameters(attach_lora(llama(), LORA, 7)))
     few = dict(
