@@ -59,7 +59,7 @@ bench: $(VENV)/.dev
 trials: $(VENV)/.dev
 	for t in t08_lds t09_groups t10_conflict t11_duplicates t12_label_noise t13_length t16_policy t17_stability; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trials/$$t.py --out docs/results/trials/$${t%%_*}.json || exit 1; done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/trials
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/trials tests/unit/store tests/integration
 
 claim: $(VENV)/.dev
 	$(BIN)/gradsift compare --recipe benchmarks/studies/arithmetic-claim.yaml --out docs/results/arithmetic-claim --jobs 2

@@ -119,7 +119,7 @@ class Lead:
         Args:
             bench: the pass.
         """
-        raise NotImplementedError
+        raise AssertionError("the committing process serves nobody")
 
     def publish(self, end: str | None = None) -> None:
         """Say how the run stands.

@@ -64,7 +64,7 @@ class Worker:
             writer: of a store.
             after: of a commit.
         """
-        raise NotImplementedError
+        raise AssertionError("a worker commits nothing")
 
     def serve(self, bench: Bench) -> None:
         """Measure units until the pass is over and the next one is open.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 
 import numpy as np
 import pytest
 from tests.pages import (
+    ELSEWHERE,
     EXAMPLES,
     HELD_OUT,
     LOSS,
@@ -123,6 +125,19 @@ def test_measured_figures_are_those_of_the_results_and_nothing_else_is_shown(nam
         return
     table = [line for line in text.splitlines() if re.match(r"\| [a-z]\S+ \| [0-9]", line)]
     assert table == measured_lines(name)
+
+
+def test_what_the_page_of_ogs_says_of_its_cells_is_what_they_hold():
+    """The simulator refused on all ten seeds, no limit kept on four of them."""
+    cells = [
+        json.loads(path.read_text("utf-8"))["cell"] for path in sorted(ELSEWHERE["ogs"].parent.glob("cells/*.json"))
+    ]
+    found = [cell["points"][0]["extra"] for cell in cells if cell["arm"] == "ogs"]
+    kept = sum(one["policy_feasible"] for one in found)
+    assert (len(found), sum(one["simulator_accepted"] for one in found), len(found) - kept) == (10, 0, 4)
+    text = " ".join(sections("ogs")[LAST].split())
+    assert "refused on all ten seeds" in text
+    assert "on four of them no policy kept the limit" in text
 
 
 def figures() -> dict[str, list[str]]:

@@ -346,6 +346,7 @@ TestStoreAgainstDict.settings = settings(max_examples=15, stateful_step_count=12
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 500 examples; 120 s are not enough on a busy machine
 def test_store_against_dict_at_length():
     from hypothesis.stateful import run_state_machine_as_test
 
