@@ -139,3 +139,10 @@ def test_git_sha(tmp_path: Path):
     assert git_sha(tmp_path) is None, "no commit yet"
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     assert len(git_sha(tmp_path)) == 40
+
+
+def test_outside_a_work_tree_the_commit_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GRADSIFT_COMMIT", "ab" * 20)
+    assert git_sha(tmp_path) == "ab" * 20
+    monkeypatch.setenv("GRADSIFT_COMMIT", "main")
+    assert git_sha(tmp_path) is None

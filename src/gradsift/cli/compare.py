@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ Arms = Annotated[
     typer.Option("--arms", metavar="a,b", help="Work on these arms only; the others are reported as not run."),
 ]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, max=256, help="Processes, one thread each.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        help="auto: a GPU for the real world if there is one; the small planted models are faster on a CPU core.",
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,6 +52,7 @@ def command(
     seeds: Seeds = None,
     arms: Arms = None,
     jobs: Jobs = 1,
+    device: Device = "auto",
     set_: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -58,7 +68,7 @@ def command(
     wanted = [name.strip() for name in arms.split(",")] if arms else None
     if out is None:
         raise ConfigError("--out is missing", where="gradsift compare", expected="a folder", do="--out run-compare")
-    if not run(Console(stderr=False), config, out, wanted, jobs, dry_run=dry_run):
+    if not run(Console(stderr=False), config, out, wanted, jobs, device=device, dry_run=dry_run):
         raise typer.Exit(1)
 
 
@@ -91,7 +101,14 @@ def build(preset: str | None, recipe: Path | None, settings: list[str], seeds: s
 
 
 def run(
-    console: Console, config: Any, out: Path, wanted: list[str] | None, num_workers: int, *, dry_run: bool = False
+    console: Console,
+    config: Any,
+    out: Path,
+    wanted: list[str] | None,
+    num_workers: int,
+    *,
+    device: str = "auto",
+    dry_run: bool = False,
 ) -> bool:
     """Declare, plan, compute, and write results.json, results.md and report.html.
 
@@ -101,6 +118,7 @@ def run(
         out: the folder.
         wanted: arms to work on; None for all.
         num_workers: processes.
+        device: auto, cpu, cuda or cuda:N.
         dry_run: print the plan and stop.
 
     Returns:
@@ -111,13 +129,17 @@ def run(
     from gradsift.compare.plan import make_plan
     from gradsift.compare.runner import Event, list_jobs, run_all
     from gradsift.compare.store import declare
+    from gradsift.compare.worlds import place
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError("there is no such device", where="--device", got=device, expected="auto, cpu, cuda or cuda:N")
+    place(config.world, device)  # refused before anything is declared
     command_line = shlex.join(["gradsift", *sys.argv[1:]])
     seeds = config.seeds
     if not dry_run:
         config = declare(out, config, command_line)  # before anything is computed
     jobs = list_jobs(config, wanted, seeds)
-    plan = make_plan(out, config, jobs, num_workers)
+    plan = make_plan(out, config, jobs, num_workers, device)
     show_plan(console, plan)
     if dry_run:
         return True
@@ -130,7 +152,7 @@ def run(
         screen.advance(1, 0)
 
     with screen.watching_signals():
-        left = run_all(out, jobs, num_workers, tell, lambda: screen.advance(0, 0))
+        left = run_all(out, jobs, num_workers, tell, lambda: screen.advance(0, 0), device)
     analysis = conclude(console, out, config)
     failed = [why for _, why in left.failed if reason(why) is None]  # what does not apply has not failed
     return not failed and not left.open and (analysis is None or analysis.passed)

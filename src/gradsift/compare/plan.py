@@ -15,7 +15,7 @@ from gradsift.compare.cell import run_cell
 from gradsift.compare.config import CompareConfig
 from gradsift.compare.runner import Job, look
 from gradsift.compare.store import read_cell
-from gradsift.compare.worlds import build_world, make_grid
+from gradsift.compare.worlds import build_world, make_grid, place
 
 SHORT, LONG = 2, 8
 
@@ -66,7 +66,7 @@ class Speed:
     step: float
 
 
-def make_plan(folder: Path, config: CompareConfig, jobs: Sequence[Job], num_workers: int) -> Plan:
+def make_plan(folder: Path, config: CompareConfig, jobs: Sequence[Job], num_workers: int, device: str = "auto") -> Plan:
     """Estimate the time that is left.
 
     Args:
@@ -74,6 +74,7 @@ def make_plan(folder: Path, config: CompareConfig, jobs: Sequence[Job], num_work
         config: the resolved comparison.
         jobs: the cells asked for.
         num_workers: processes.
+        device: auto, cpu, cuda or cuda:N.
 
     Returns:
         The plan. Without finished cells the random arm is measured for a few steps on the first seed.
@@ -91,7 +92,7 @@ def make_plan(folder: Path, config: CompareConfig, jobs: Sequence[Job], num_work
         each = {job.arm: float(np.mean(known.get(job.arm, [usual]))) for job in open_jobs}
         world, basis = 0.0, f"{len(filed)} finished cells; arms without one are taken as the median cell"
     else:
-        speed = measure_speed(config)
+        speed = measure_speed(config, device)
         grid = make_grid(config)
         cell = len(grid.lrs) * (speed.fixed + grid.num_steps * speed.step)
         each = {job.arm: cell for job in open_jobs}
@@ -104,11 +105,12 @@ def make_plan(folder: Path, config: CompareConfig, jobs: Sequence[Job], num_work
     return Plan(len(jobs), len(left.done), seconds, world, num_workers, basis)
 
 
-def measure_speed(config: CompareConfig) -> Speed:
+def measure_speed(config: CompareConfig, device: str = "auto") -> Speed:
     """Time a few steps of the random arm on the first seed.
 
     Args:
         config: the resolved comparison.
+        device: auto, cpu, cuda or cuda:N.
 
     Returns:
         Seconds per part, two lengths of training telling steps from the rest.
@@ -117,7 +119,7 @@ def measure_speed(config: CompareConfig) -> Speed:
     torch.set_num_threads(1)
     try:
         begun = time.perf_counter()
-        world = build_world(config.world, config.seeds[0])
+        world = build_world(config.world, config.seeds[0], place(config.world, device))
         grid = make_grid(config)
         desk, arm = Desk(world, grid.budget), ArmSpec("random", "random")
         run_cell(desk, arm, replace(grid, lrs=grid.lrs[:1], num_steps=1))  # also measures the pool, once a seed

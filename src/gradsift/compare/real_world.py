@@ -92,6 +92,7 @@ def real_world(
     settings: RealSettings | None = None,
     navigator: Navigator | None = None,
     items: Items | None = None,
+    device: str = "cpu",
 ) -> World:
     """Build one seed of the world from the packaged model and data.
 
@@ -100,12 +101,13 @@ def real_world(
         settings: sizes and rules.
         navigator: a model already at hand; the packaged one by default.
         items: items already at hand; the wheel's by default.
+        device: where the packaged model is loaded; cpu or cuda:N.
 
     Returns:
         The world, measured in nats.
     """
     s = settings or RealSettings()
-    navigator = navigator or load_navigator(resolve_navigator("auto"), device="cpu")
+    navigator = navigator or load_navigator(resolve_navigator("auto"), device=device)
     items = items or read_items()
     tokenize = _tokenizer(navigator, s)
     dealt = _deal(s, items, seed)

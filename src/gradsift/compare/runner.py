@@ -28,7 +28,7 @@ from gradsift.compare.store import (
     read_cell,
     read_failure,
 )
-from gradsift.compare.worlds import build_world, make_grid
+from gradsift.compare.worlds import build_world, make_grid, place
 from gradsift.errors import ConfigError, DiskFullError, GradsiftError, Interrupted, StoreError
 
 POLL_SECONDS = 0.5
@@ -139,7 +139,9 @@ def look(folder: Path, jobs: Iterable[Job]) -> Left:
     return Left(tuple(done), tuple(failed), tuple(rest))
 
 
-def work(folder: Path, jobs: Sequence[Job], tell: Tell, *, turn: int = 0, alone: bool = True) -> None:
+def work(
+    folder: Path, jobs: Sequence[Job], tell: Tell, *, turn: int = 0, alone: bool = True, device: str = "auto"
+) -> None:
     """Compute cells until none is left that this process can do.
 
     Args:
@@ -148,10 +150,11 @@ def work(folder: Path, jobs: Sequence[Job], tell: Tell, *, turn: int = 0, alone:
         tell: hears of every cell this process leaves behind; may raise to stop.
         turn: which of several workers this is: each starts at other seeds.
         alone: False ends the work when the parent process has gone.
+        device: auto, cpu, cuda or cuda:N (:func:`gradsift.compare.worlds.place`).
     """
     torch.set_num_threads(1)  # the same sums whatever the number of workers
     config, parent = declared_config(folder), os.getppid()
-    bench = _Bench(folder, config)
+    bench = _Bench(folder, config, place(config.world, device, turn))
     order = sorted({job.seed for job in jobs})
     order = order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]
     while True:
@@ -174,10 +177,11 @@ class _Bench:
     Args:
         folder: of the comparison.
         config: the declared comparison.
+        device: where models live, cpu or cuda:N.
     """
 
-    def __init__(self, folder: Path, config: CompareConfig) -> None:
-        self.folder, self.config, self.grid = folder, config, make_grid(config)
+    def __init__(self, folder: Path, config: CompareConfig, device: str = "cpu") -> None:
+        self.folder, self.config, self.grid, self.device = folder, config, make_grid(config), device
         self._desks: dict[str, Desk] = {}
         self._seed: int | None = None
 
@@ -197,7 +201,7 @@ class _Bench:
             desk = self._desk(job)  # a world that cannot be built stops the run: no other cell could be computed either
             roles = {held.name: held.role for held in desk.world.evaluations}
             try:
-                file_cell(self.folder, job.key, self.compute(desk, job), roles)
+                file_cell(self.folder, job.key, self.compute(desk, job), roles, self.device)
                 event = Event(job, time.perf_counter() - started)
             except (DiskFullError, StoreError, Interrupted):
                 raise
@@ -220,7 +224,7 @@ class _Bench:
 
     def _desk(self, job: Job) -> Desk:
         if self._seed != job.seed:
-            world = build_world(self.config.world, job.seed)
+            world = build_world(self.config.world, job.seed, self.device)
             if world.metric != self.config.metric:
                 raise ConfigError("the world is measured by another metric", where="metric", got=self.config.metric,
                                   expected=world.metric)  # fmt: skip
@@ -249,7 +253,14 @@ def run_arm(desk: Desk, arm: ArmSpec, grid: Any, total: float | None = None) -> 
     return run_cell(desk, plain, grid, total=total)
 
 
-def run_all(folder: Path, jobs: Sequence[Job], num_workers: int, tell: Tell, watch: Callable[[], None]) -> Left:
+def run_all(
+    folder: Path,
+    jobs: Sequence[Job],
+    num_workers: int,
+    tell: Tell,
+    watch: Callable[[], None],
+    device: str = "auto",
+) -> Left:
     """Compute all cells with some processes.
 
     Args:
@@ -258,6 +269,7 @@ def run_all(folder: Path, jobs: Sequence[Job], num_workers: int, tell: Tell, wat
         num_workers: processes, one torch thread each; 1 works in this process.
         tell: hears of every cell that is left behind, by whomever.
         watch: called a few times a second with several workers; may raise to stop.
+        device: auto, cpu, cuda or cuda:N (:func:`gradsift.compare.worlds.place`).
 
     Returns:
         What is finished and what is not.
@@ -267,11 +279,11 @@ def run_all(folder: Path, jobs: Sequence[Job], num_workers: int, tell: Tell, wat
     """
     forget_failures(folder)
     if num_workers == 1:
-        work(folder, jobs, tell)
+        work(folder, jobs, tell, device=device)
         return look(folder, jobs)
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_worker, args=(str(folder), tuple(jobs), turn), daemon=True)
+        context.Process(target=_worker, args=(str(folder), tuple(jobs), turn, device), daemon=True)
         for turn in range(num_workers)
     ]
     known = {job.key for job in look(folder, jobs).done}
@@ -298,10 +310,10 @@ def run_all(folder: Path, jobs: Sequence[Job], num_workers: int, tell: Tell, wat
     return left
 
 
-def _worker(folder: str, jobs: tuple[Job, ...], turn: int) -> None:
+def _worker(folder: str, jobs: tuple[Job, ...], turn: int, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     try:
-        work(Path(folder), jobs, lambda _: None, turn=turn, alone=False)
+        work(Path(folder), jobs, lambda _: None, turn=turn, alone=False, device=device)
     except GradsiftError as error:  # told by the parent, which is the one that speaks to a person
         file_failure(Path(folder), f"worker-{turn}", str(error))
 

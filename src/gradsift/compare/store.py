@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gradsift.compare.cell import Cell, Point
 from gradsift.compare.claiming import guard
 from gradsift.compare.config import CompareConfig, build_config
@@ -40,7 +42,7 @@ class Origin:
     Args:
         date: UTC, ISO 8601.
         commit: of the code, empty outside a work tree.
-        hardware: processor and number of cores.
+        hardware: processor and number of cores, and the GPU if one was used.
     """
 
     date: str
@@ -63,22 +65,27 @@ class Filed:
     roles: Mapping[str, str]
 
 
-def hardware() -> str:
-    """Name the processor and its cores.
+def hardware(device: str = "cpu") -> str:
+    """Name the processor and its cores, and the GPU that was used.
+
+    Args:
+        device: where the models were; cpu or cuda:N.
 
     Returns:
-        For example ``AMD EPYC 7763, 2 cores``.
+        For example ``AMD EPYC 7763, 2 cores`` or ``AMD EPYC 7763, 2 cores, NVIDIA H100``.
     """
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    gpu = "" if device == "cpu" else f", {torch.cuda.get_device_name(device)}"
+    return f"{name}, {os.cpu_count()} cores{gpu}"
 
 
-def here() -> Origin:
+def here(device: str = "cpu") -> Origin:
     """Describe this process's machine and moment."""
-    return Origin(datetime.now(UTC).isoformat(timespec="seconds"), git_sha(Path(__file__).parent) or "", hardware())
+    now, commit = datetime.now(UTC).isoformat(timespec="seconds"), git_sha(Path(__file__).parent)
+    return Origin(now, commit or "", hardware(device))
 
 
 def declare(folder: Path, config: CompareConfig, command: str) -> CompareConfig:
@@ -168,7 +175,7 @@ def cell_key(config: CompareConfig, name: str, seed: int) -> str:
     return f"{sha256_bytes(canonical_json(parts).encode('ascii'))[:16]}-{seed}"
 
 
-def file_cell(folder: Path, key: str, cell: Cell, roles: Mapping[str, str]) -> None:
+def file_cell(folder: Path, key: str, cell: Cell, roles: Mapping[str, str], device: str = "cpu") -> None:
     """Publish a finished cell, whole or not at all.
 
     Args:
@@ -176,12 +183,13 @@ def file_cell(folder: Path, key: str, cell: Cell, roles: Mapping[str, str]) -> N
         key: from :func:`cell_key`.
         cell: the cell.
         roles: evaluation set -> domain or general.
+        device: where its models were.
 
     Raises:
         StoreError: the disk refuses.
     """
     make_folder(folder / "cells")
-    value = {"cell": _plain(asdict(cell)), "origin": asdict(here()), "roles": dict(roles)}
+    value = {"cell": _plain(asdict(cell)), "origin": asdict(here(device)), "roles": dict(roles)}
     write_bytes_atomic(folder / "cells" / f"{key}.json", seal(value))
     (folder / "failures" / f"{key}.json").unlink(missing_ok=True)
 

@@ -61,18 +61,52 @@ def world_settings(config: WorldConfig) -> Any:
     return dataclasses.replace(plain, **given)
 
 
-def build_world(config: WorldConfig, seed: int) -> World:
+def place(config: WorldConfig, device: str, turn: int = 0) -> str:
+    """Say where a world's models live.
+
+    Args:
+        config: which world.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``: planted worlds train models of a few layers, which a processor
+            core does faster, so only the real one takes a GPU unasked.
+        turn: which of several processes asks; they share the GPUs evenly.
+
+    Returns:
+        ``cpu`` or ``cuda:N``.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if device == "auto" and config.name != "real":
+        return "cpu"
+    import torch
+
+    from gradsift.models.load import resolve_device
+
+    found = resolve_device(device, "--device")
+    if found == "cpu" or ":" in device:
+        return found
+    return f"cuda:{turn % torch.cuda.device_count()}"
+
+
+def build_world(config: WorldConfig, seed: int, device: str = "cpu") -> World:
     """Build one seed of a world.
 
     Args:
         config: which.
         seed: of weights, splits and rows.
+        device: where its models live, from :func:`place`.
 
     Returns:
         The world.
     """
     build, _ = _builder(config.name)
-    world = build(seed, world_settings(config))
+    if config.name == "real":  # its frozen weights are shared by all models of the seed
+        world = build(seed, world_settings(config), device=device)
+    else:
+        world = build(seed, world_settings(config))
+        if device != "cpu":
+            make = world.make_model
+            world = dataclasses.replace(world, make_model=lambda: make().to(device))
     return exchangeable(world, config.exchangeable) if config.exchangeable else world
 
 

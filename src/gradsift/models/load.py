@@ -136,11 +136,12 @@ def load_navigator(resolved: Resolved, *, dtype: str = "float32", device: str = 
     )
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, where: str = "navigator.device") -> str:
     """Turn ``auto`` into a device, and refuse one that is not there.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
+        where: the setting or option that asked for it, named when it is refused.
 
     Returns:
         cpu or cuda:N.
@@ -159,10 +160,10 @@ def resolve_device(device: str) -> str:
     if index >= count:
         raise ModelError(
             "there is no such CUDA device",
-            where="navigator.device",
+            where=where,
             got=device,
             expected=f"one of {count} devices" if count else "cpu: torch sees no CUDA device",
-            do="use --set navigator.device=cpu",
+            do=f"use {where} cpu" if where.startswith("--") else f"use --set {where}=cpu",
         )
     return f"cuda:{index}"
 
