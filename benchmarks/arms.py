@@ -103,9 +103,11 @@ class Less(Arm):
 class Gradsift(Arm):
     """gradsift's engine: one pass, whatever is asked for."""
 
-    def __init__(self, model: nn.Module, key: str, label: str, returns: str, names: list[str], *, dots: bool) -> None:
+    def __init__(
+        self, model: nn.Module, key: str, label: str, returns: str, names: list[str], *, dots: bool, norms: bool = True
+    ) -> None:
         super().__init__(key, label, returns)
-        self.engine = GradientEngine(model, names, projector=Projector(0, SKETCH))
+        self.engine = GradientEngine(model, names, projector=Projector(0, SKETCH), norms=norms)
         if self.engine.uncovered:
             raise AssertionError(f"gradsift does not cover {self.engine.uncovered}")
         if dots:
@@ -181,7 +183,7 @@ def own_arms(model: nn.Module) -> list[Arm]:
         Floor(model),
         Less(model),
         Gradsift(
-            share(model), "gradsift-sketch", "gradsift, body: sketch", f"sketch {SKETCH} + norm", body, dots=False
+            share(model), "gradsift-sketch", "gradsift, body: sketch", f"sketch {SKETCH}", body, dots=False, norms=False
         ),
         Gradsift(share(model), "gradsift-body", "gradsift, body: all three", three, body, dots=True),
         Gradsift(share(model), "gradsift-all", "gradsift, every weight: all three", three, every, dots=True),

@@ -17,6 +17,10 @@ for _name, _value in {
 
 from pathlib import Path  # noqa: E402
 
+from tests import interpreted  # noqa: E402
+
+interpreted.switch_on()  # before anything loads triton
+
 import pytest  # noqa: E402
 import tests.shapes  # noqa: E402, F401 - found by name in the hook
 from jaxtyping import install_import_hook  # noqa: E402

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gradsift.errors import StoreError
 from gradsift.gradients.blocks import CHUNK, TILE, Block, Dense, Outer, Scatter, Squares, Totals, sum_repeated
-from gradsift.gradients.project import fold_
+from gradsift.gradients.prefold import add_rows_, refuse_without_norms
 
 if TYPE_CHECKING:
     from gradsift.gradients.hooks import GradientEngine
@@ -94,7 +94,9 @@ def bend(engine: GradientEngine, first: Mapping[str, Tensor], second: Mapping[st
 
     Raises:
         StoreError: a parameter has no moments, or of another shape; the first is named.
+        ConfigError: the engine was made for the sketch alone.
     """
+    refuse_without_norms(engine.norms, "Adam directions")
     for name, block in engine.blocks.items():
         if name not in first or name not in second:
             raise StoreError(
@@ -222,4 +224,4 @@ def _add(
     if block.directions is not None:
         totals.dots[rows] += torch.mm(flat, block.directions[:, position : position + flat.shape[1]].t()).double()
     if totals.sketch is not None and block.bend is not None:
-        fold_(totals.sketch[rows], block.bend(flat, position).contiguous(), block.offset + position)
+        add_rows_(totals.sketch[rows], block.bend(flat, position).contiguous(), low, block.cells)

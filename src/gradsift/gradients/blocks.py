@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradsift.gradients.project import Projector, fold_, signs
+from gradsift.gradients.prefold import Cells, add_lookups_, add_outer_, add_rows_
+from gradsift.gradients.project import Projector, signs
 
 TILE = 1 << 16  # entries of one gradient tile; 256 KiB in float32, half of a typical second-level cache
-FOLD_FIRST = 8  # a matrix this many times taller than the sketch is folded before its product, see _measure_outer
+FOLDS_FAR = 8  # where a tile is formed anyway, folding the factors pays from this many entries per cell on
 CHUNK = 8  # examples whose tiles meet the directions in one product, so that each direction is read once for all
 
 
@@ -32,11 +33,13 @@ class Totals:
         dots: float64 [B, M].
         square: float64 [B] squared norms.
         sketch: [B, D] or None.
+        norms: False when only the sketch is asked for; squares then stay as they are.
     """
 
     dots: Float[Tensor, "B M"]
     square: Float[Tensor, " B"]
     sketch: Float[Tensor, "B D"] | None
+    norms: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Block:
         directions: [M, rows * cols] sign-flipped unit directions, or None.
         mean: [rows, cols] running sum of gradients when anchors are being built, or None.
         bend: what turns a flat gradient into what is sketched (:mod:`gradsift.gradients.adam`), or None for itself.
+        road: ``tiles`` here; ``torch`` and ``fused`` are in :mod:`gradsift.gradients.on_cuda`.
+        folds: matrices those two keep.
     """
 
     name: str
@@ -131,12 +136,21 @@ class Block:
     directions: Float[Tensor, "M n"] | None = None
     mean: Float[Tensor, "rows cols"] | None = None
     bend: Callable[[Tensor, int], Tensor] | None = None
+    road: str = "tiles"
+    folds: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
     _scratch: Tensor | None = field(default=None, repr=False)
 
     @property
     def numel(self) -> int:
         """Number of entries."""
         return self.rows * self.cols
+
+    @property
+    def cells(self) -> Cells:
+        """Where the entries go in a sketch."""
+        assert self.row_sign is not None
+        assert self.col_sign is not None
+        return Cells(self.row_sign, self.col_sign, self.offset)
 
     def measure(self, parts: Sequence[Contribution], totals: Totals) -> Squares:
         """Add every example's dots, squared norm and sketch of this parameter to the totals.
@@ -148,6 +162,10 @@ class Block:
         Returns:
             Squared norms of the linear and of the looked-up part, apart.
         """
+        if self.road != "tiles":
+            from gradsift.gradients import on_cuda  # it builds on this module
+
+            return on_cuda.measure(self, parts, totals)
         before = totals.square.clone()
         outers = [p for p in parts if isinstance(p, Outer)]
         scatters = [p for p in parts if isinstance(p, Scatter)]
@@ -158,6 +176,9 @@ class Block:
             from gradsift.gradients.adam import measure_bent  # it builds on this module
 
             return measure_bent(self, [*outers, *denses], scatters, totals)
+        if not totals.norms:
+            self._sketch_alone(outers, scatters, denses, totals.sketch)
+            return Squares(totals.square, totals.square)
         if len(outers) == 1 and outers[0].starts is None and self._fits_whole(outers[0]):
             denses = [*denses, self._as_dense(outers[0])]
             outers = []
@@ -176,6 +197,19 @@ class Block:
             raise AssertionError(f"no rule for the mixed uses of parameter {self.name}")
         return squares
 
+    def _sketch_alone(
+        self, outers: Sequence[Outer], scatters: Sequence[Scatter], denses: Sequence[Dense], sketch: Tensor | None
+    ) -> None:
+        """Sketch whatever flowed in; the map is linear, so parts need not meet and no gradient is formed."""
+        if sketch is None:
+            return
+        for outer in outers:
+            add_outer_(sketch, outer.x, outer.g, outer.lengths, outer.starts, self.cells)
+        for scatter in scatters:
+            add_lookups_(sketch, scatter.ids, scatter.g, scatter.lengths, self.cells)
+        for dense in denses:
+            add_rows_(sketch, self._flip(dense.g), 0, self.cells)
+
     # -- outer products ------------------------------------------------------------------------------------------
 
     def _fits_whole(self, outer: Outer) -> bool:
@@ -187,25 +221,20 @@ class Block:
 
     def _measure_outer(self, outer: Outer, totals: Totals) -> None:
         x = outer.x if self.col_sign is None else outer.x * self.col_sign
-        flipped = Outer(x, outer.g, outer.lengths, outer.starts)
-        dim = 0 if totals.sketch is None else totals.sketch.shape[1]
-        fold_rows_first = dim and self.rows >= FOLD_FIRST * dim
-        self._tiles(flipped, self.rows, totals, exact=True, fold=bool(dim) and not fold_rows_first)
-        if fold_rows_first:
-            # Rows r and r + D of a matrix land in the same buckets, so rows can be folded before the product: the
-            # sketch of a vocabulary-sized head then costs as much as that of a layer with D outputs.
-            folded = _fold_columns(flipped.g, self.row_sign, dim)
-            self._tiles(Outer(x, folded, outer.lengths, outer.starts), dim, totals, exact=False, fold=True)
+        folds_far = totals.sketch is not None and FOLDS_FAR * self.cells.count <= self.numel
+        self._tiles(Outer(x, outer.g, outer.lengths, outer.starts), totals, fold=not folds_far)
+        if totals.sketch is not None and folds_far:
+            add_outer_(totals.sketch, outer.x, outer.g, outer.lengths, outer.starts, self.cells)
 
-    def _tiles(self, outer: Outer, rows: int, totals: Totals, *, exact: bool, fold: bool) -> None:
+    def _tiles(self, outer: Outer, totals: Totals, *, fold: bool) -> None:
         """Walk the gradient in tiles of whole rows, CHUNK examples at a time."""
-        num, cols = len(outer.lengths), self.cols
+        num, cols, rows = len(outer.lengths), self.cols, self.rows
         height = max(1, min(rows, TILE // cols))
         scratch = self._buffer(outer.x, min(CHUNK, num), height * cols)
         live = [b for b in range(num) if outer.lengths[b]]
         for low in range(0, rows, height):
             high = min(rows, low + height)
-            sign = self.row_sign[low:high] if exact and self.row_sign is not None else None
+            sign = self.row_sign[low:high] if self.row_sign is not None else None
             for first in range(0, len(live), CHUNK):
                 some = live[first : first + CHUNK]
                 tile = scratch[: len(some), : (high - low) * cols]
@@ -213,23 +242,23 @@ class Block:
                     x, g = outer.row(b)
                     part = g[:, low:high] if sign is None else g[:, low:high] * sign
                     torch.mm(part.t(), x, out=tile[k].view(high - low, cols))
-                self._measure_tile(tile, some, low * cols, totals, exact=exact, fold=fold)
+                self._measure_tile(tile, some, low, totals, fold=fold)
 
     def _measure_tile(
-        self, tile: Float[Tensor, "c n"], some: list[int], position: int, totals: Totals, *, exact: bool, fold: bool
+        self, tile: Float[Tensor, "c n"], some: list[int], low: int, totals: Totals, *, fold: bool
     ) -> None:
         rows = some if len(some) < totals.square.shape[0] else slice(None)
-        if exact:
-            totals.square[rows] += _squares(tile)
-            if self.directions is not None:
-                dots = torch.mm(self.directions[:, position : position + tile.shape[1]], tile.t())
-                totals.dots[rows] += dots.t().double()
+        totals.square[rows] += _squares(tile)
+        if self.directions is not None:
+            position = low * self.cols
+            dots = torch.mm(self.directions[:, position : position + tile.shape[1]], tile.t())
+            totals.dots[rows] += dots.t().double()
         if fold and totals.sketch is not None:
             if isinstance(rows, slice) or some == list(range(some[0], some[0] + len(some))):
-                fold_(totals.sketch[some[0] : some[0] + len(some)], tile, self.offset + position)
+                add_rows_(totals.sketch[some[0] : some[0] + len(some)], tile, low, self.cells)
             else:
                 for k, b in enumerate(some):
-                    fold_(totals.sketch[b : b + 1], tile[k : k + 1], self.offset + position)
+                    add_rows_(totals.sketch[b : b + 1], tile[k : k + 1], low, self.cells)
 
     def _buffer(self, like: Tensor, count: int, size: int) -> Tensor:
         if self._scratch is None or self._scratch.shape[0] < count or self._scratch.shape[1] < size:
@@ -240,17 +269,24 @@ class Block:
 
     def _measure_dense(self, denses: Sequence[Dense], totals: Totals) -> None:
         g = denses[0].g if len(denses) == 1 else torch.stack([d.g for d in denses]).sum(0)
-        if self.row_sign is not None and self.col_sign is not None:
-            g = (g.view(-1, self.rows, self.cols) * self.row_sign[:, None] * self.col_sign).view(g.shape)
+        g = self._flip(g)
         totals.square += _squares(g)
         if self.directions is not None:
             totals.dots += torch.mm(g, self.directions.t()).double()
         if totals.sketch is not None:
-            fold_(totals.sketch, g, self.offset)
+            add_rows_(totals.sketch, g, 0, self.cells)
+
+    def _flip(self, g: Float[Tensor, "B n"]) -> Float[Tensor, "B n"]:
+        if self.row_sign is None or self.col_sign is None:
+            return g
+        return (g.view(-1, self.rows, self.cols) * self.row_sign[:, None] * self.col_sign).view(g.shape)
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
     def _measure_scatter(self, scatters: Sequence[Scatter], totals: Totals) -> None:
+        for scatter in scatters:
+            if totals.sketch is not None:
+                add_lookups_(totals.sketch, scatter.ids, scatter.g, scatter.lengths, self.cells)
         for b in range(len(scatters[0].lengths)):
             ids, summed = sum_repeated(scatters, b)
             if not ids.numel():
@@ -261,11 +297,6 @@ class Block:
             if self.directions is not None:
                 table = self.directions.view(-1, self.rows, self.cols)[:, ids]
                 totals.dots[b] += (table * summed).flatten(1).double().sum(1)
-            if totals.sketch is not None:
-                dim = totals.sketch.shape[1]
-                columns = torch.arange(self.cols, device=ids.device)
-                buckets = (self.offset + ids[:, None] * self.cols + columns) % dim
-                totals.sketch[b].index_add_(0, buckets.flatten(), summed.flatten())
 
     def _add_cross(self, outer: Outer, scatters: Sequence[Scatter], totals: Totals) -> None:
         """Add 2 <outer part, scattered part> of a tied table to the squared norm."""
@@ -316,17 +347,6 @@ def _squares(tile: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
         rows = tile.numpy()
         return torch.from_numpy(np.fromiter((np.dot(r, r) for r in rows), dtype=np.float64, count=len(rows)))
     return torch.linalg.vector_norm(tile, dim=1).double().square()
-
-
-def _fold_columns(g: Float[Tensor, "... rows"], sign: Tensor | None, dim: int) -> Float[Tensor, "... D"]:
-    """Sum columns r, r + D, r + 2 D, ... of the sign-flipped output gradients."""
-    rows = g.shape[-1]
-    out = g.new_zeros(*g.shape[:-1], dim)
-    for low in range(0, rows, dim):
-        high = min(rows, low + dim)
-        part = g[..., low:high]
-        out[..., : high - low] += part if sign is None else part * sign[low:high]
-    return out
 
 
 def _join(outers: Sequence[Outer]) -> Outer:

@@ -81,7 +81,7 @@ def build_direction(
         NumericsError: the mean gradient is zero or not finite, or a row's loss is not finite.
     """
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
-    engine = GradientEngine(model, parameters, projector=projector, building=True, embedding=embedding)
+    engine = GradientEngine(model, parameters, projector=projector, building=True, embedding=embedding, norms=False)
     device = next(model.parameters()).device
     sketches, losses, embeddings = [], [], []
     with engine:

@@ -20,10 +20,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradsift.errors import ModelError
+from gradsift.gradients import fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
-from gradsift.gradients.blocks import Block, Contribution, Totals, make_block
+from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Scatter, Totals, make_block
 from gradsift.gradients.embed import pool_positions
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
+from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
 
 
@@ -83,6 +85,7 @@ class _Batch:
     head_lengths: tuple[int, ...]
     head_starts: tuple[int, ...]
     positions: Tensor
+    places: tuple[Tensor, Tensor]
     totals: Totals
     emb_square: Tensor
     head_square: Tensor
@@ -101,6 +104,8 @@ class GradientEngine:
         directions: name -> [M, rows * cols] sign-flipped unit directions, from :meth:`flatten`; or None.
         building: also sum the gradients themselves, to build an anchor.
         embedding: also pool the last hidden states, which are the LM head's input.
+        norms: False asks for the sketch alone: no gradient is formed, and every norm is NaN.
+        road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
 
     Raises:
         ModelError: the model has no LM head that can be hooked.
@@ -115,8 +120,12 @@ class GradientEngine:
         directions: Mapping[str, Tensor] | None = None,
         building: bool = False,
         embedding: bool = False,
+        norms: bool = True,
+        road: roads.Road = "auto",
     ) -> None:
+        self.norms = norms
         self.model = model.eval()
+        self.road = roads.choose_road(road, self._device, next(model.parameters()).dtype)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.projector = projector
@@ -139,8 +148,10 @@ class GradientEngine:
         for name, block in self.blocks.items():
             if directions:
                 block.directions = directions[name]
+            block.road = self.road
             if building:
                 block.mean = torch.zeros(block.rows, block.cols, dtype=self.dtype, device=self._device)
+        self._norms = roads.fast_norms(self._uses, self.dtype) if self.road == "fused" else {}
         self._head_block = self._weight_block(self._head)
         self._embedding_block = self._weight_block(self._embedding)
         self._lookups = {module for module in self._uses if isinstance(module, nn.Embedding)}
@@ -154,6 +165,11 @@ class GradientEngine:
     def dtype(self) -> torch.dtype:
         """Arithmetic of the measurement: float64 for a float64 model, float32 otherwise (bfloat16 is widened)."""
         return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+
+    @property
+    def description(self) -> str:
+        """How gradients are measured here, in words."""
+        return roads.describe(self.road, self._device, next(self.model.parameters()).dtype)
 
     @property
     def device(self) -> torch.device:
@@ -256,12 +272,15 @@ class GradientEngine:
     def _after_backward(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         assert self._batch is not None
         batch, head = self._batch, module is self._head
-        g = g.detach().to(self.dtype)
-        x = x.to(self.dtype) if x.is_floating_point() else x
+        g = g.detach()
+        fast_norm = module in self._norms and x.dtype == g.dtype and x.ndim == 3
+        if self.road == "tiles" or not (fast_norm or roads.keeps_narrow(module)):
+            g = g.to(self.dtype)
+            x = x.to(self.dtype) if x.is_floating_point() else x
         if head:
             seen = Seen(x[0], g[0], batch.head_lengths, batch.head_starts)
-            if self._head_block is None:
-                batch.head_square = _head_squares(seen)
+            if self._head_block is None and self.norms:
+                batch.head_square = self._head_squares(seen)
         else:
             lengths = batch.lengths if x.shape[0] == len(batch.lengths) else None
             if lengths is None:
@@ -272,13 +291,27 @@ class GradientEngine:
                     do="choose another --navigator or leave the layer out of navigator.parameters",
                 )
             seen = Seen(x, g, lengths)
-            if module is self._embedding and self._embedding_block is None:
-                batch.emb_square = _embedding_squares(self._rules.get(module), module, seen)
+            if module is self._embedding and self._embedding_block is None and self.norms:
+                batch.emb_square = self._embedding_squares(module, seen)
         if module not in self._uses:
             return
-        parts = dict(self._rules[module].parts(module, seen))
+        if fast_norm:
+            parts = {"weight": Dense(fused.rms_sums(x, g, seen.lengths, self._norms[module]))}
+        else:
+            parts = dict(self._rules[module].parts(module, seen))
         for use in self._uses[module]:
             self._arrive(use.block, parts[use.local])
+
+    def _head_squares(self, seen: Seen) -> Tensor:
+        if self.road == "tiles":
+            return _head_squares(seen)
+        return on_cuda.head_squares(Outer(seen.x, seen.g, seen.lengths, seen.starts), self.road)
+
+    def _embedding_squares(self, module: nn.Module, seen: Seen) -> Tensor:
+        rule = self._rules.get(module) or rule_for(module)
+        if self.road == "tiles" or rule is None:
+            return _embedding_squares(rule, module, seen)
+        return lookups.scatter_squares([part for _, part in rule.parts(module, seen) if isinstance(part, Scatter)])
 
     def _arrive(self, block: Block, part: Contribution) -> None:
         """Measure a parameter once everything that flows into it has arrived (tied or reused weights: several)."""
@@ -338,6 +371,8 @@ class GradientEngine:
         Returns:
             Losses, squared norms, dots, sketches, embedding and head norms.
         """
+        if self.num_directions:
+            refuse_without_norms(self.norms, "exact dots")
         with self._running(input_ids, labels, lengths, prompt) as batch:
             logits = self._logits(input_ids)
             loss, slope = self._loss(logits, labels, input_ids)
@@ -376,17 +411,20 @@ class GradientEngine:
         rows, columns = supervised.nonzero(as_tuple=True)
         counts = supervised.sum(1)
         starts = torch.cumsum(counts, 0) - counts
-        zeros = torch.zeros(size, dtype=torch.float64, device=self._device)
+        start = 0.0 if self.norms else float("nan")
+        zeros = torch.full((size,), start, dtype=torch.float64, device=self._device)
         dim = None if self.projector is None else self.projector.dim
         self._batch = _Batch(
             tuple(lengths.tolist()),
             tuple(counts.tolist()),
             tuple(starts.tolist()),
             rows * width + columns,
+            (rows, columns),
             Totals(
                 torch.zeros(size, self.num_directions, dtype=torch.float64, device=self._device),
                 zeros.clone(),
                 None if dim is None else torch.zeros(size, dim, dtype=self.dtype, device=self._device),
+                self.norms,
             ),
             zeros.clone(),
             zeros.clone(),
@@ -409,11 +447,14 @@ class GradientEngine:
         supervised, prompt = labels[:, 1:] != -100, self._batch.prompt
         counts = supervised.sum(1)
         seen = supervised if prompt is None else supervised | prompt[:, 1:]
-        targets = torch.where(supervised, labels[:, 1:], input_ids[:, 1:])[seen]
-        rows = seen.nonzero()[:, 0]
+        rows, columns = self._batch.places  # found before the forward, so that the device is not waited for here
+        targets = torch.where(supervised, labels[:, 1:], input_ids[:, 1:])[rows, columns]
         wide = logits.detach()[0]
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        log_norm = torch.logsumexp(wide, -1)
+        if self.road == "fused":
+            log_norm = fused.log_norms(wide)
+        else:
+            wide = wide if wide.dtype == torch.float64 else wide.float()
+            log_norm = torch.logsumexp(wide, -1)
         nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
         zeros = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device)
         if prompt is None:
@@ -425,13 +466,16 @@ class GradientEngine:
             self._batch.prompt_loss = total / (seen & ~supervised).sum(1).clamp_min(1)
         if not torch.is_grad_enabled():
             return loss, wide
-        slope = torch.exp(wide - log_norm[:, None])
-        slope[torch.arange(len(targets), device=targets.device), targets] -= 1
         # A row whose loss is not finite is reported by its loss; it must not poison its own status with NaN slopes.
         weight = torch.where(loss.isfinite(), 1.0 / counts.double(), torch.zeros_like(loss))
         weight = weight[rows] if prompt is None else weight[rows] * supervised[seen]
-        slope = torch.nan_to_num(slope) * weight[:, None].to(slope.dtype)
-        return loss, slope
+        if self.road == "fused":
+            return loss, fused.slopes(wide, log_norm, targets, weight)
+        slope = torch.sub(wide, log_norm[:, None]).exp_()
+        slope[torch.arange(len(targets), device=targets.device), targets] -= 1
+        if not nats.isfinite().all():
+            slope.nan_to_num_()
+        return loss, slope.mul_(weight[:, None].to(slope.dtype))
 
 
 def _accepts_positions(model: nn.Module) -> bool:

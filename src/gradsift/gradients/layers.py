@@ -33,6 +33,8 @@ class Seen:
 
     def summed(self, values: Tensor) -> Dense:
         """Sum a [B, T, n] quantity over each example's tokens (zero on padding)."""
+        if values.dtype in (torch.bfloat16, torch.float16):  # on a GPU linear layers are not widened before
+            values = values.float()
         if self.starts is None:
             return Dense(values.sum(1))
         pieces = [values[s : s + n].sum(0) for s, n in zip(self.starts, self.lengths, strict=True)]

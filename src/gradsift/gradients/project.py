@@ -1,21 +1,34 @@
-"""The sign-fold sketch (ours): flip signs, then fold the gradient to D numbers with contiguous adds.
+"""The sign-fold sketch (ours): flip signs, fold rows and columns to a small matrix of cells, fold that to D numbers.
 
 Entry (r, c) of a parameter's gradient, seen as a matrix [rows, cols], is multiplied by ``row_sign[r] * col_sign[c]`` and
-added to bucket ``(offset + r * cols + c) mod D``. Signs and offset are functions of (seed, parameter name, index) alone,
-by a counter-based generator in 64-bit integer arithmetic, so they have the same bits on every machine, device and
-library version.
+belongs to cell (r mod R, c mod C) of a matrix [R, C], whose size depends on the parameter's shape alone
+(:func:`cell_shape`). Cell (i, j) is added to bucket ``(offset + i * C + j) mod D``. Signs and offset are functions of
+(seed, parameter name, index) alone, by a counter-based generator in 64-bit integer arithmetic, so they have the same bits
+on every machine, device and library version.
 
-Inner products are unbiased: for entries (a, b) != (c, d) the expectation of the four signs is zero. The variance is that
-of a random-sign hash into D buckets, about (|u|^2 |v|^2 + <u,v>^2) / D, provided D is an odd prime larger than no other
-structure: two entries and their "crossed" twins (a, d), (c, b) can only fall into common buckets together when
-2 (b - d) is a multiple of D, which a prime D above every fan-in excludes. A parameter with more columns than D keeps the
-property for columns closer than D.
+Rows and columns fold apart, so the sketch of a sum of outer products is that of the folded factors: a linear layer is
+sketched without its gradient ever being formed (:mod:`gradsift.gradients.prefold`).
+
+Inner products are unbiased: for entries (a, b) != (c, d) the expectation of the four signs is zero. For gradients U and V
+of one parameter their variance is at most about
+
+    (|U|^2 |V|^2 + <U, V>^2) (1/D + 2/(R C)) + 2 |U V'|^2 (1/R - 1/rows) + 2 |U' V|^2 (1/C - 1/cols) .
+
+First term: the hash of a random sign into D buckets, and into R C cells, where an entry's pairs count double. Two entries
+in different cells and their "crossed" twins (a, d), (c, b) fall into common buckets together only when 2 (b - d) is a
+multiple of D, b and d taken modulo C; an odd prime D > C excludes it, and keeps two cells of one row, or of one column,
+apart. (Where C is larger than D, and no multiple of it, this holds for columns closer than D.) Other terms: entries of one
+row whose columns differ by a multiple of C share a cell in every row alike, and rows likewise. They vanish without
+folding. For gradients of many directions |U V'|^2 is near |U|^2 |V|^2 / rows, small beside 1/D; a gradient that is one
+outer product has the full 2/R, which only the average over parameters makes small. Between parameters signs are
+independent: 1/D alone counts. docs/decisions/0007-prefold.md has what was measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import isqrt
 
 import numpy as np
 import torch
@@ -25,7 +38,8 @@ from torch import Tensor
 from gradsift.errors import ConfigError
 from gradsift.seeds import key64
 
-VERSION = "signfold-1"
+VERSION = "signfold-2"
+CELLS = 1 << 15  # cells of a parameter, at least, unless it has fewer entries: eight times the usual D
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -103,6 +117,35 @@ class Projector:
         return key64(self.seed, VERSION, name, "offset") % self.dim
 
 
+def cell_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Give the size of the matrix of cells that a parameter folds to (ours; measured in docs/decisions/0007-prefold.md).
+
+    Both axes fold to 256 cells or a little more, always a whole number of times and as evenly as possible. Where one axis
+    is so short that fewer than ``CELLS`` cells were left, the other stays longer. Vectors and whatever has at most
+    ``CELLS`` entries keep every entry. Two kinds of matrix keep their columns, since measured noise asked for it: nearly
+    square ones (the output projection of the first attention layer, where many rows share an output gradient), and
+    tables of a vocabulary, at least six times as tall as wide, whose rows fold to 2048.
+
+    Args:
+        rows: outputs of the parameter, >= 1.
+        cols: inputs, >= 1.
+
+    Returns:
+        (R, C) with R <= rows and C <= cols.
+    """
+    if rows == 1 or rows * cols <= CELLS:
+        return rows, cols
+    side, table = isqrt(2 * CELLS), rows >= 6 * cols
+    high = _even(rows, max(8 * side if table else side, CELLS // cols))
+    whole = table or max(rows, cols) < 2 * min(rows, cols)
+    return high, cols if whole else _even(cols, max(side, CELLS // rows))
+
+
+def _even(count: int, aim: int) -> int:
+    folds = max(1, count // aim)
+    return -(-count // folds)
+
+
 def fold_(sketch: Float[Tensor, "B D"], flat: Float[Tensor, "B n"], start: int) -> None:
     """Add rows of already sign-flipped entries to sketches, in place.
 
@@ -148,7 +191,9 @@ def sketch_matrix(gradient: Float[Tensor, "rows cols"], projector: Projector, na
     row_sign = signs(projector.seed, name, "row", rows).astype(np.float64)
     col_sign = signs(projector.seed, name, "col", cols).astype(np.float64)
     flipped = gradient.detach().cpu().double().numpy() * row_sign[:, None] * col_sign
-    buckets = (projector.offset(name) + np.arange(rows * cols)) % projector.dim
+    high, wide = cell_shape(rows, cols)
+    cells = np.arange(rows)[:, None] % high * wide + np.arange(cols) % wide
+    buckets = (projector.offset(name) + cells.ravel()) % projector.dim
     return np.bincount(buckets, weights=flipped.ravel(), minlength=projector.dim)
 
 
@@ -170,7 +215,10 @@ def sketch_reference(
     col_sign = signs(projector.seed, name, "col", cols).astype(np.float64)
     out = np.zeros(projector.dim)
     offset = projector.offset(name)
+    high, wide = cell_shape(rows, cols)
     for r in range(rows):
         for c in range(cols):
-            out[(offset + r * cols + c) % projector.dim] += row_sign[r] * col_sign[c] * float(gradient[r, c])
+            out[(offset + (r % high) * wide + c % wide) % projector.dim] += (
+                row_sign[r] * col_sign[c] * float(gradient[r, c])
+            )
     return out

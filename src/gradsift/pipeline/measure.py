@@ -161,6 +161,8 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
     engine = GradientEngine(model, parameters.names if gradients else (), projector=projector, embedding=embeds)
     covered = coverage(parameters, engine.blocks if gradients else parameters.names)
     notes += _coverage_note(covered)
+    if gradients and engine.road != "tiles":
+        notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
     prepared, rows = told_apart(prepared, extras, rows)
     spec = _spec(prepared, navigator, model, parameters, gradients, (*(["embedding"] if embeds else []), *extras.names))

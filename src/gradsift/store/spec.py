@@ -185,10 +185,20 @@ def compare(old: GradientSpec, new: GradientSpec, *, where: str = "") -> None:
         where=where,
         got=now,
         expected=was,
-        do=f"use another --out, or put {' and '.join(names)} back to the old value",
+        do=_remedy(names),
     )
 
 
+def _remedy(names: Iterable[str]) -> str:
+    fixed = [name for name in names if name in _BY_CODE]
+    if fixed:  # no setting brings them back
+        return (
+            f"use another --out: {' and '.join(fixed)} follows from the version of gradsift; old signals stay readable"
+        )
+    return f"use another --out, or put {' and '.join(names)} back to the old value"
+
+
+_BY_CODE = ("code_version", "projection.version")
 _ABSENT = object()
 
 

@@ -24,6 +24,8 @@ from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.models.load import load_navigator, resolve_navigator
 
 WHEEL = fetch.wheels_folder() / fetch.PACKAGES[1].wheel
+
+
 @pytest.fixture(scope="module")
 def items():
     return rd.Items({source: made_up(source) for source in rd.SOURCES}, dict.fromkeys(rd.SOURCES, 0))

@@ -13,6 +13,7 @@ from tests.toy import TOYS, toy_llama, toy_lora
 from tests.unit.gradients.test_engine import PROJECTOR, batch, chosen
 
 from gradsift.errors import StoreError
+from gradsift.gradients import project
 from gradsift.gradients.adam import bend, gamma, gamma_diag
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient
@@ -83,7 +84,9 @@ def moments(model, names, dtype, scale=0.01):
 @pytest.mark.parametrize("form", ["adam", "adam_diag"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 @pytest.mark.parametrize("kind", TOYS)
-def test_the_engine_equals_one_backward_per_row(kind, dtype, limit, form):
+@pytest.mark.parametrize("cells", [1 << 15, 64])  # toys fold only where cells are few
+def test_the_engine_equals_one_backward_per_row(kind, dtype, limit, form, cells, monkeypatch):
+    monkeypatch.setattr(project, "CELLS", cells)
     model = TOYS[kind](dtype=dtype)
     names = chosen(model)
     first, second = moments(model, names, dtype)
@@ -116,6 +119,7 @@ def test_tables_too_large_for_one_tile_are_walked_in_strips(monkeypatch):
     model = toy_llama(dtype=torch.float64, tied=True)
     names = chosen(model)
     ids, labels, lengths = batch([9, 5])
+    monkeypatch.setattr(project, "CELLS", 64)
     found = []
     for tile, chunk in ((1 << 16, 8), (100, 1)):
         monkeypatch.setattr(adam, "TILE", tile)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.toy import TOYS, VOCABULARY, toy_gpt2, toy_llama
 
+from gradsift.gradients import project
 from gradsift.gradients.blocks import Block, Dense, Outer, Totals
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient, finite_difference
@@ -69,9 +70,11 @@ def truth(engine, oracle, directions, ids, labels, n):
     }
 
 
+@pytest.mark.parametrize("cells", [1 << 15, 64])  # toys fold only where cells are few
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kind", TOYS)
-def test_every_signal_equals_the_oracle(kind, dtype, limit):
+def test_every_signal_equals_the_oracle(kind, dtype, limit, cells, monkeypatch):
+    monkeypatch.setattr(project, "CELLS", cells)
     model = TOYS[kind](dtype=dtype)
     engine, directions = engine_with_directions(model)
     ids, labels, lengths = batch([9, 5, 12, 7])
@@ -235,18 +238,22 @@ def test_a_block_equals_plain_arithmetic(data):
     signs = block.row_sign[:, None] * block.col_sign
     block.directions = (directions.view(2, rows, cols) * signs).reshape(2, -1)
     totals = Totals(torch.zeros(num, 2).double(), torch.zeros(num).double(), torch.zeros(num, dim).double())
-    old = blocks.TILE, blocks.CHUNK, blocks.FOLD_FIRST
-    blocks.TILE, blocks.CHUNK, blocks.FOLD_FIRST = draw(st.sampled_from([(4, 1, 8), (16, 2, 1), (1 << 16, 8, 8)]))
-    try:
+    tile, chunk = draw(st.sampled_from([(4, 1), (16, 2), (1 << 16, 8)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "TILE", tile)
+        patch.setattr(blocks, "CHUNK", chunk)
+        patch.setattr(blocks, "FOLDS_FAR", draw(st.sampled_from([1, 4, 1000])))
+        patch.setattr(project, "CELLS", draw(st.sampled_from([1, 6, 1 << 15])))
         block.measure([Outer(x, g, lengths, starts)], totals)
-    finally:
-        blocks.TILE, blocks.CHUNK, blocks.FOLD_FIRST = old
+        wants = [
+            sketch_reference((g[s : s + n].t() @ x[s : s + n]).numpy(), projector, "w")
+            for s, n in zip(starts, lengths, strict=True)
+        ]
     for b in range(num):
         matrix = g[starts[b] : starts[b] + lengths[b]].t() @ x[starts[b] : starts[b] + lengths[b]]
         torch.testing.assert_close(totals.square[b], matrix.square().sum())
         torch.testing.assert_close(totals.dots[b], directions @ matrix.flatten())
-        want = sketch_reference(matrix.numpy(), projector, "w")
-        np.testing.assert_allclose(totals.sketch[b].numpy(), want, atol=1e-10)
+        np.testing.assert_allclose(totals.sketch[b].numpy(), wants[b], atol=1e-10)
 
 
 def test_mixed_uses_without_a_rule_are_refused():

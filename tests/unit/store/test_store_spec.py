@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from store_world import DIM, SPEC, fill, make_ids, make_spec, read, truth
 
 from gradsift.errors import SpecError, StoreError
+from gradsift.gradients.project import VERSION
 from gradsift.manifest import seal
 from gradsift.store.signals import open_store
 from gradsift.store.spec import FORMAT, GradientSpec, Projection, compare, content_hash, set_hash, store_folder
@@ -65,6 +66,22 @@ def test_a_changed_field_is_refused_by_name_with_old_and_new_value(filled, name)
             assert f"{name}: {', '.join(value) if isinstance(value, list) else value}" in line
         assert "another --out" in error.do
         assert name in error.do
+    assert read(filled) == before
+
+
+def test_sketches_of_an_older_map_are_read_but_not_continued(filled):
+    """signfold-1 had another map; its stores name it, so that the two never meet in one store."""
+    newer = make_spec(projection=Projection(DIM, 42, VERSION))
+    assert SPEC.projection.version == "signfold-1" != VERSION
+    before = read(filled)
+    with pytest.raises(SpecError, match=r"projection\.version") as caught:
+        open_writer(filled, newer)
+    assert caught.value.expected == "projection.version: signfold-1"
+    assert caught.value.got == f"projection.version: {VERSION}"
+    assert "stay readable" in caught.value.do
+    with pytest.raises(SpecError, match=r"projection\.version"):
+        store_folder(filled.parent, newer)
+    assert open_store(filled).spec == SPEC
     assert read(filled) == before
 
 
