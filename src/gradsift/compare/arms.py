@@ -188,10 +188,12 @@ class Desk:
 def rescoring(model: nn.Module, seed: int) -> RescoreConfig:
     """Say how signals are measured: over the adapter where the world trains one, and over all weights elsewhere.
 
-    A model with an adapter is a large one: every layer's input is kept during a pass, so its batches are smaller.
+    A model with an adapter is a large one: every layer's input is kept during a pass, so its batches are smaller. On a GPU
+    batches are as large as its memory easily takes: a small model waits for its launches there.
     """
     if any(".lora_A." in name for name, _ in model.named_parameters()):
-        return RescoreConfig(parameters="lora", tokens_per_batch=512, seed=seed)
+        size = 512 if next(model.parameters()).device.type == "cpu" else 4096
+        return RescoreConfig(parameters="lora", tokens_per_batch=size, seed=seed)
     return RescoreConfig(seed=seed)
 
 

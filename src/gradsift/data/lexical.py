@@ -9,8 +9,10 @@ Robertson and Zaragoza 2009; Lucene's variant as computed by the bm25s package (
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import Float
@@ -68,9 +70,24 @@ def lexical_scores(ids: Sequence[str], texts: Sequence[str], target_texts: Seque
 
 
 def _index(documents: list[list[str]], vocabulary: dict[str, int]):  # noqa: ANN202 - bm25s is imported lazily
-    import bm25s
+    with _without_jax():
+        import bm25s
 
     index = bm25s.BM25(k1=K1, b=B, method="lucene", dtype="float64", backend="numpy", csc_backend="numpy")
     numbers = [[vocabulary[word] for word in document] for document in documents]
     index.index((numbers, dict(vocabulary)), create_empty_token=False, show_progress=False)
     return index
+
+
+@contextmanager
+def _without_jax() -> Iterator[None]:
+    """Hide jax from an import: bm25s runs it once to see whether it is there, and jax then takes 75% of the GPU's memory."""
+    hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "jax"}
+    for name in hidden:
+        del sys.modules[name]
+    sys.modules["jax"] = None  # type: ignore[assignment] - the import system's own way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["jax"]
+        sys.modules.update(hidden)

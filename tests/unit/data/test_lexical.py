@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -88,3 +90,21 @@ def test_nothing_is_printed(capfd):
 def test_our_own_mistakes_are_refused(ids, texts, targets):
     with pytest.raises(ValueError):
         lexical_scores(ids, texts, targets)
+
+
+def test_jax_is_not_started_and_comes_back():
+    """bm25s runs jax at import where it is installed, and jax takes most of a GPU's memory at once."""
+    code = (
+        "import sys, types\n"
+        "mine = types.ModuleType('jax'); mine.__path__ = []; sys.modules['jax'] = mine\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        assert name.partition('.')[0] != 'jax', 'jax was imported'\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from gradsift.data.lexical import lexical_scores\n"
+        "scores = lexical_scores(['a', 'b'], ['one two', 'three'], ['two'])\n"
+        "import bm25s.selection\n"
+        "print(scores[0] > 0, bm25s.selection.JAX_IS_AVAILABLE, sys.modules['jax'] is mine)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["True", "False", "True"]
