@@ -17,6 +17,7 @@ SMALL = RealSettings(
     num_anchor=3,
     num_target=3,
     num_replay=2,
+    lesson=0,
     lora_rank=2,
     lora_alpha=4.0,
 )

@@ -15,8 +15,7 @@ from gradsift.compare.arms import ArmSpec, Choice, Desk, choose, composition
 from gradsift.compare.rounds import ROUND_METHODS, train_in_rounds
 from gradsift.compare.world import World
 from gradsift.errors import ConfigError
-from gradsift.evaluate.divergence import kl_rows
-from gradsift.evaluate.losses import evaluate_rows
+from gradsift.evaluate.divergence import losses_and_kl
 from gradsift.train.hooks import make_hook
 from gradsift.train.loop import Loop, LoopConfig
 from gradsift.train.masking import mask_rows, measure_nats
@@ -280,9 +279,8 @@ def measure_point(
     metrics = {}
     for held_out in desk.world.evaluations:
         rows, pad, size = held_out.rows, desk.world.pad_id, _evaluation_tokens(model, grid)
-        before = desk.before[held_out.name]
-        after = evaluate_rows(model, rows, pad_id=pad, tokens_per_batch=size)
-        kl = kl_rows(model, rows, base=desk.base_log_probs[held_out.name], pad_id=pad, tokens_per_batch=size)
+        before, base = desk.before[held_out.name], desk.base_log_probs[held_out.name]
+        after, kl = losses_and_kl(model, rows, base=base, pad_id=pad, tokens_per_batch=size)
         metrics[held_out.name] = {
             "loss_before": before.token_mean,
             "loss_after": after.token_mean,

@@ -2,8 +2,9 @@
 
 The pool mixes *clean* domain questions, *replay* (general questions and prose), *wrong* (domain questions with a wrong
 answer), *duplicate* (exact further copies of clean rows) and *other* (rows of other professional domains). Only answers
-carry loss. Documents of evaluation, anchors, replay set, target and pool do not meet. Sizes are such that one learning
-rate of one arm takes about five minutes on one core.
+carry loss. Documents of lesson, evaluation, anchors, replay set, target and pool do not meet. The model first takes a short
+lesson in the general sets (:mod:`gradsift.compare.real_base`), else there would be nothing to forget. Sizes are such that
+one learning rate of one arm takes about five minutes on one core.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gradsift.compare.cell import Grid
+from gradsift.compare.real_base import Lesson, prepared
 from gradsift.compare.real_data import DOMAINS, GENERAL, Item, Items, deal_items, read_items, wrong_answer
 from gradsift.compare.text_world import exact_copies
 from gradsift.compare.word_cue import fit_word_cue
@@ -56,6 +58,9 @@ class RealSettings:
         lora_rank: rank of the adapter on all linear layers.
         lora_alpha: its alpha.
         begin: text before every row.
+        lesson: rows of each general set that the starting weights were taught on, the same for every seed; 0 leaves the
+            packaged model as it is.
+        lesson_lr: learning rate of that lesson.
     """
 
     domain: Literal["medical", "legal", "financial"] = "medical"
@@ -74,6 +79,8 @@ class RealSettings:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     begin: str = BEGIN
+    lesson: int = 64
+    lesson_lr: float = 5e-4
 
     def __post_init__(self) -> None:
         if self.domain not in DOMAINS:
@@ -110,7 +117,12 @@ def real_world(
     navigator = navigator or load_navigator(resolve_navigator("auto"), device=device)
     items = items or read_items()
     tokenize = _tokenizer(navigator, s)
+    lesson, items = _set_aside(s, items)
     dealt = _deal(s, items, seed)
+    if lesson:
+        taught = tokenize([(f"lesson/{item.id}", item, item.answer) for item in lesson])
+        how, digest = Lesson(lr=s.lesson_lr), navigator.model_sha256
+        navigator = replace(navigator, model=prepared(navigator.model, digest, taught, how, _pad(navigator)))
     texts: dict[str, str] = {}
 
     def rows(role: str, sources: Sequence[str]) -> tuple[TokenRow, ...]:
@@ -165,6 +177,20 @@ def share(count: int, sources: Sequence[str], source: str) -> int:
 
 def _others(s: RealSettings) -> tuple[str, ...]:
     return tuple(sources[0] for domain, sources in DOMAINS.items() if domain != s.domain)
+
+
+def _set_aside(s: RealSettings, items: Items) -> tuple[tuple[Item, ...], Items]:
+    """Take the lesson's items, the same for every seed, and leave out every document they came from."""
+    lesson: list[Item] = []
+    left = dict(items.by_source)
+    for sources in GENERAL.values() if s.lesson else ():
+        for source in sources:
+            name = f"real/lesson/{source}"
+            taken = deal_items(left[source], {"lesson": share(s.lesson, sources, source)}, 0, name)["lesson"]
+            gone = {item.document for item in taken}
+            left[source] = tuple(item for item in left[source] if item.document not in gone)
+            lesson += taken
+    return tuple(lesson), replace(items, by_source=left)
 
 
 def _deal(s: RealSettings, items: Items, seed: int) -> dict[str, dict[str, tuple[Item, ...]]]:

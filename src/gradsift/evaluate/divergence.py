@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.evaluate.losses import (
     POSITIONS_AT_ONCE,
+    LossSums,
+    Places,
+    RowLosses,
     Tick,
     batches,
     evaluating,
     num_parameters,
     require_finite,
     supervised_logits,
+    walk,
 )
 from gradsift.train.parts import Cost, TrainBatch
 from gradsift.types import TokenRow
@@ -135,25 +139,70 @@ def kl_rows(
     if base is None:
         require_adapter(tuned)
     begun = time.perf_counter()
-    sums, num_tokens = np.zeros(len(rows)), 0
+    seen = _DivergenceSums(len(rows), tuned, base)
     with evaluating(tuned), evaluating(base) if isinstance(base, nn.Module) else nullcontext():
-        for batch, indices in batches(tuned, rows, pad_id, tokens_per_batch):
-            reference = _reference(tuned, base, batch)
-            logits, places = supervised_logits(tuned, batch)
-            owner = np.asarray(indices)[places.row.cpu().numpy()]
-            for start in range(0, len(logits), POSITIONS_AT_ONCE):
-                part = slice(start, start + POSITIONS_AT_ONCE)
-                nats = kl_nats(reference[part].to(logits.device), logits[part])
-                np.add.at(sums, owner[part], nats.cpu().numpy())
-            num_tokens += batch.num_tokens
-            if tick is not None:
-                tick(len(indices), batch.num_tokens)
-    trained = np.array([row.num_trained for row in rows], dtype=np.int64)
-    require_finite(sums, rows, "divergence")
+        num_tokens = walk(tuned, rows, pad_id, tokens_per_batch, seen, tick)
     passes = [tuned] if isinstance(base, BaseLogProbs) else [tuned, tuned if base is None else base]
     cost = sum((Cost.of(num_parameters(model), forward=num_tokens) for model in passes), Cost())
     cost += Cost(seconds=time.perf_counter() - begun)
-    return RowDivergence(tuple(row.id for row in rows), sums / trained, trained, cost)
+    return seen.divergence(rows, cost)
+
+
+def losses_and_kl(
+    tuned: nn.Module, rows: Sequence[TokenRow], *, base: BaseLogProbs, pad_id: int, tokens_per_batch: int
+) -> tuple[RowLosses, RowDivergence]:
+    """Measure the losses of rows and their KL from the base's cached log-probabilities in one pass.
+
+    Args:
+        tuned: the model after fine-tuning.
+        rows: n rows that train at least one token each.
+        base: log-probabilities of the model before.
+        pad_id: padding token.
+        tokens_per_batch: the budget of a micro-batch.
+
+    Returns:
+        What :func:`gradsift.evaluate.losses.evaluate_rows` and :func:`kl_rows` return; the pass is charged to the first.
+    """
+    begun = time.perf_counter()
+    losses, divergence = LossSums(len(rows)), _DivergenceSums(len(rows), tuned, base)
+
+    def both(batch: TrainBatch, logits: Tensor, places: Places, owner: Int[np.ndarray, " S"]) -> None:
+        losses(batch, logits, places, owner)
+        divergence(batch, logits, places, owner)
+
+    with evaluating(tuned):
+        num_tokens = walk(tuned, rows, pad_id, tokens_per_batch, both)
+    cost = Cost.of(num_parameters(tuned), forward=num_tokens, seconds=time.perf_counter() - begun)
+    return losses.losses(rows, cost), divergence.divergence(rows, Cost())
+
+
+class _DivergenceSums:
+    """Adds up each row's divergence from the base.
+
+    Args:
+        count: number of rows.
+        tuned: the model after fine-tuning.
+        base: as :func:`kl_rows` takes it.
+    """
+
+    def __init__(self, count: int, tuned: nn.Module, base: nn.Module | BaseLogProbs | None) -> None:
+        self._sums, self._tuned, self._base = np.zeros(count), tuned, base
+
+    def __call__(
+        self, batch: TrainBatch, logits: Float[Tensor, "S V"], places: Places, owner: Int[np.ndarray, " S"]
+    ) -> None:
+        """Add a micro-batch."""
+        reference = _reference(self._tuned, self._base, batch)
+        for start in range(0, len(logits), POSITIONS_AT_ONCE):
+            part = slice(start, start + POSITIONS_AT_ONCE)
+            nats = kl_nats(reference[part].to(logits.device), logits[part])
+            np.add.at(self._sums, owner[part], nats.cpu().numpy())
+
+    def divergence(self, rows: Sequence[TokenRow], cost: Cost) -> RowDivergence:
+        """Turn the sums into means; a NumericsError names the first row whose divergence is not finite."""
+        require_finite(self._sums, rows, "divergence")
+        trained = np.array([row.num_trained for row in rows], dtype=np.int64)
+        return RowDivergence(tuple(row.id for row in rows), self._sums / trained, trained, cost)
 
 
 def _reference(tuned: nn.Module, base: nn.Module | BaseLogProbs | None, batch: TrainBatch) -> Float[Tensor, "S V"]:

@@ -92,27 +92,71 @@ def evaluate_rows(
         NumericsError: a loss is not finite; the row is named.
     """
     begun = time.perf_counter()
-    sums, correct = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    num_tokens = 0
+    seen = LossSums(len(rows))
     with evaluating(model):
-        for batch, indices in batches(model, rows, pad_id, tokens_per_batch):
-            logits, places = supervised_logits(model, batch)
-            labels = batch.labels[places.row, places.position + 1]
-            owner = np.asarray(indices)[places.row.cpu().numpy()]
-            for start in range(0, len(labels), POSITIONS_AT_ONCE):
-                part = slice(start, start + POSITIONS_AT_ONCE)
-                some = logits[part].float()
-                nats = nn.functional.cross_entropy(some, labels[part], reduction="none")
-                np.add.at(sums, owner[part], nats.double().cpu().numpy())
-                np.add.at(correct, owner[part], (some.argmax(-1) == labels[part]).long().cpu().numpy())
-            num_tokens += batch.num_tokens
-            if tick is not None:
-                tick(len(indices), batch.num_tokens)
-    trained = np.array([row.num_trained for row in rows], dtype=np.int64)
-    loss = sums / trained
-    require_finite(loss, rows, "loss")
+        num_tokens = walk(model, rows, pad_id, tokens_per_batch, seen, tick)
     cost = Cost.of(num_parameters(model), forward=num_tokens, seconds=time.perf_counter() - begun)
-    return RowLosses(tuple(row.id for row in rows), loss, trained, correct == trained, cost)
+    return seen.losses(rows, cost)
+
+
+See = Callable[[TrainBatch, Tensor, "Places", Int[np.ndarray, " S"]], None]
+
+
+def walk(
+    model: nn.Module, rows: Sequence[TokenRow], pad_id: int, tokens_per_batch: int, see: See, tick: Tick | None = None
+) -> int:
+    """Run a model over rows once and show the logits of every micro-batch.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        rows: rows that train at least one token each.
+        pad_id: padding token.
+        tokens_per_batch: the budget of a micro-batch.
+        see: called with the batch, its logits [S, V] at the trained positions, where these stand, and the number of the
+            row, int64 [S], that each belongs to.
+        tick: told rows and tokens after every micro-batch.
+
+    Returns:
+        Tokens that went through the model.
+    """
+    num_tokens = 0
+    for batch, indices in batches(model, rows, pad_id, tokens_per_batch):
+        logits, places = supervised_logits(model, batch)
+        see(batch, logits, places, np.asarray(indices)[places.row.cpu().numpy()])
+        num_tokens += batch.num_tokens
+        if tick is not None:
+            tick(len(indices), batch.num_tokens)
+    return num_tokens
+
+
+class LossSums:
+    """Adds up the nats and the likeliest tokens of each row.
+
+    Args:
+        count: number of rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._nats, self._correct = np.zeros(count), np.zeros(count, dtype=np.int64)
+
+    def __call__(
+        self, batch: TrainBatch, logits: Float[Tensor, "S V"], places: Places, owner: Int[np.ndarray, " S"]
+    ) -> None:
+        """Add a micro-batch."""
+        labels = batch.labels[places.row, places.position + 1]
+        for start in range(0, len(labels), POSITIONS_AT_ONCE):
+            part = slice(start, start + POSITIONS_AT_ONCE)
+            some = logits[part].float()
+            nats = nn.functional.cross_entropy(some, labels[part], reduction="none")
+            np.add.at(self._nats, owner[part], nats.double().cpu().numpy())
+            np.add.at(self._correct, owner[part], (some.argmax(-1) == labels[part]).long().cpu().numpy())
+
+    def losses(self, rows: Sequence[TokenRow], cost: Cost) -> RowLosses:
+        """Turn the sums into means; a NumericsError names the first row whose loss is not finite."""
+        trained = np.array([row.num_trained for row in rows], dtype=np.int64)
+        loss = self._nats / trained
+        require_finite(loss, rows, "loss")
+        return RowLosses(tuple(row.id for row in rows), loss, trained, self._correct == trained, cost)
 
 
 def batches(

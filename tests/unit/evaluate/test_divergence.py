@@ -12,7 +12,16 @@ from tests.toy import toy_llama
 
 from gradsift.errors import ConfigError, DataError, ModelError, NumericsError
 from gradsift.evaluate import divergence
-from gradsift.evaluate.divergence import BaseLogProbs, cache_base, has_adapter, kl_nats, kl_rows, without_adapter
+from gradsift.evaluate.divergence import (
+    BaseLogProbs,
+    cache_base,
+    has_adapter,
+    kl_nats,
+    kl_rows,
+    losses_and_kl,
+    without_adapter,
+)
+from gradsift.evaluate.losses import evaluate_rows
 from gradsift.models.adapter import attach_lora
 from gradsift.recipe import LoraConfig
 
@@ -49,6 +58,23 @@ def test_three_ways_to_the_base_agree():
         2 * tokens,
         2 * tokens,
     )
+
+
+def test_one_pass_gives_what_two_give():
+    tuned, calls = tuned_lora(), []
+    cached = cache_base(toy_llama(3), ROWS, **PASSES)
+    apart = evaluate_rows(tuned, ROWS, **PASSES), kl_rows(tuned, ROWS, base=cached, **PASSES)
+    handle = tuned.register_forward_pre_hook(lambda *_: calls.append(1))
+    losses, kl = losses_and_kl(tuned, ROWS, base=cached, **PASSES)
+    once = len(calls)
+    evaluate_rows(tuned, ROWS, **PASSES)
+    handle.remove()
+    assert len(calls) == 2 * once > 0
+    assert np.array_equal(losses.loss, apart[0].loss)
+    assert np.array_equal(losses.exact, apart[0].exact)
+    assert np.array_equal(kl.kl, apart[1].kl)
+    assert losses.cost.forward_tokens == apart[0].cost.forward_tokens
+    assert kl.cost.forward_tokens == 0
 
 
 def test_the_direction_is_base_to_tuned():
