@@ -27,7 +27,7 @@ from gradsift.evaluate.statistics import (
     probability_of_improvement,
     smallest_detectable,
 )
-from gradsift.evaluate.wording import across_data_sets, claim
+from gradsift.evaluate.wording import claim
 from gradsift.seeds import stream
 
 
@@ -64,7 +64,6 @@ class Told:
         baseline: the arm it stands for; empty when none is finished.
         supported: whether the figures allow the claim.
         sentence: what may be said.
-        across: what may be said over data sets; empty when nothing can be compared.
     """
 
     arm: str
@@ -72,7 +71,6 @@ class Told:
     baseline: str
     supported: bool
     sentence: str
-    across: str = ""
 
 
 @dataclass(frozen=True)
@@ -259,8 +257,7 @@ def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, a
     if done < declared:  # looking early and stopping when it suits would be a test of its own, with more errors
         return Told(name, asked, baseline, False, words.unfinished(name, baseline, pair.interval, declared, metric))
     sentence = claim(name, baseline, metric, pair.interval, words.data_set(config), **settings)
-    across = across_data_sets({words.data_set(config): pair.interval}, name, baseline, metric, **settings)
-    return Told(name, asked, baseline, pair.interval.supports_gain, sentence, across.sentence)
+    return Told(name, asked, baseline, pair.interval.supports_gain, sentence)
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from gradsift.compare.applicable import inapplicable_rows, reason
 from gradsift.compare.config import CompareConfig
 from gradsift.compare.written import write_seeds
 from gradsift.evaluate.statistics import MIN_SEEDS, Interval, Uniformity
-from gradsift.evaluate.wording import no_advantage
+from gradsift.evaluate.wording import MIN_DATA_SETS, no_advantage
 
 if TYPE_CHECKING:
     from gradsift.compare.analysis import Analysis, Missing, Pair
@@ -123,6 +123,7 @@ def notes(
     out = [
         f"{config.num_variants} variants of the claimed methods were tried on this world before the first cell.",
         f"{len(config.claims)} claims were declared; they are not corrected for their number.",
+        f"{data_set(config)} stands alone: an interval over data sets needs {MIN_DATA_SETS} of them, so every claim names it.",
     ]
     if len(config.seeds) < MIN_SEEDS and not config.placebo:
         out.append(f"{len(config.seeds)} seeds are too few for any claim; {MIN_SEEDS} are needed.")
@@ -171,7 +172,6 @@ def markdown(config: CompareConfig, analysis: Analysis, manifest: Mapping[str, A
     lines += [f"Declared {manifest['date']} at commit {manifest['commit'] or 'none'} on {manifest['hardware']}; "
               f"settings {manifest['config_sha256'][:16]}; seeds {write_seeds(config.seeds)}.", ""]  # fmt: skip
     lines += ["## Claims", "", *(f"- {told.sentence}" for told in analysis.claims)]
-    lines += [f"- {told.across}" for told in analysis.claims if told.across]
     if not analysis.claims:
         lines.append("No claim was declared.")
     lines += ["", null_sentence(analysis), "", f"With `best_cheap`, {CONSERVATIVE}.", ""]

@@ -110,14 +110,15 @@ def test_the_best_cheap_arm_is_found_among_the_declared_ones_only():
 
 def test_a_supported_claim_is_told_with_figure_seeds_trial_and_cost():
     found = config()
-    first, second = analyse(found, table(found, MEANS), ()).claims
+    analysis = analyse(found, table(found, MEANS), ())
+    first, second = analysis.claims
     assert first.supported
     assert second.supported
     assert second.baseline == "cheap"
     assert first.sentence.startswith("ours beats random on the arithmetic world in hypervolume of (general accuracy")
     for part in ("n = 10", "T15", "total cost 1.00 against 1.00"):
         assert part in first.sentence
-    assert "6 are needed for an interval over them" in first.across, "one data set has no interval over data sets"
+    assert "the arithmetic world stands alone: an interval over data sets needs 6 of them" in analysis.notes[2]
 
 
 @pytest.mark.parametrize("ours", [0.05, 0.20])
