@@ -378,6 +378,12 @@ def show(facts: dict[str, Any]) -> None:
     print("not measured:", ", ".join(facts["not_measured"]) or "nothing", f"| {facts['seconds']:.0f} s in all")
 
 
+def write(facts: dict[str, Any], path: Path | None) -> None:
+    """Write everything measured so far."""
+    if path is not None:
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """Name the device and the versions."""
     out: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -398,6 +404,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a batch (16384 for 0.5B, 8192 for 1.5B)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, after each cell")
     parser.add_argument("--commit", default="unknown", help="commit to note, where git is not at hand")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of an earlier run and measure nothing")
     parser.add_argument("--toy", action="store_true", help="the same on a CPU, with a model of 50 thousand weights")
     return parser.parse_args(arguments)
 
@@ -412,6 +419,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 2 without a GPU.
     """
     options = parse(arguments)
+    if options.show:
+        show(json.loads(options.show.read_text("utf-8")))
+        return 0
     start = time.monotonic()
     if not options.toy and not torch.cuda.is_available():
         print("torch sees no GPU; --toy runs on a CPU")
@@ -455,8 +465,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         facts["seconds"] = time.monotonic() - start
         print(f"{name} at {length}: {facts['seconds']:.0f} s", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write(facts, options.json)
+    write(facts, options.json)  # what the time did not reach is known now
     show(facts)
     return 0
 

@@ -20,7 +20,6 @@ from planted import PlantedLearner, direction
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
-RESULTS = ROOT / "docs/results/arithmetic-claim/results.json"
 
 IDS = "abcdef"
 SOURCES = ("exam", "exam", "exam", "chat", "chat", "chat")
@@ -193,31 +192,19 @@ EXAMPLES = {
 }
 """Page -> the strings of its worked example, computed."""
 
-MEASURED = {
-    "random": ("random", "random_total", "random+replay25"),
-    "domain_looking": (
-        "domain_looking", "domain_looking+replay25", "domain_looking+replay40", "domain_looking+replay25_total",
-        "domain_looking+replay40_total",
-    ),
-    "loss": ("loss_low",),
-    "target_cosine": ("target_cosine+replay25",),
-    "ogs_dual": ("ogs_dual+replay25", "ogs_rounds+replay25"),
-    "crossfit": ("crossfit", "crossfit+replay16"),
-    "ogs": ("ogs", "ogs_rounds", "ogs_dual", "random_total", "domain_looking+replay25", "best_cheap_total", "oracle"),
-}  # fmt: skip
-"""Page -> arms of the results that it must show; the other pages say that nothing was measured yet."""
-ELSEWHERE = {"ogs": ROOT / "docs/results/ogs-arithmetic/results.json"}
-"""Pages that show another result than the arithmetic claim."""
+MEASURED: dict[str, dict[str, list[str]]] = json.loads((PAGES / "measured.json").read_text("utf-8"))
+"""Page -> folder of results -> arms that it must show; the other pages say that nothing was measured yet."""
 
 
 def measured_lines(name: str) -> list[str]:
-    """Lines of the table of ``What compare measured here``, from the results that the repository holds."""
-    found = json.loads(ELSEWHERE.get(name, RESULTS).read_text("utf-8"))
-    mean = {arm["name"]: arm for arm in found["arms"]}
-    against = {one["arm"]: one["interval"] for one in found["against_random"]}
+    """Lines of the tables of ``What compare measured here``, from the results that the repository holds."""
     lines = []
-    for arm in MEASURED.get(name, ()):
-        gap = against.get(arm)
-        shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
-        lines.append(f"| {arm} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
+    for folder, arms in MEASURED.get(name, {}).items():
+        found = json.loads((ROOT / "docs/results" / folder / "results.json").read_text("utf-8"))
+        mean = {arm["name"]: arm for arm in found["arms"]}
+        against = {one["arm"]: one["interval"] for one in found["against_random"]}
+        for arm in arms:
+            gap = against.get(arm)
+            shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
+            lines.append(f"| {arm} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
     return lines

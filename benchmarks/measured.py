@@ -1,0 +1,110 @@
+"""Write the tables of "What compare measured here" on the methods' pages from the committed results.
+
+Which arms of which results stand on which page is in docs/methods/measured.json. A page holds one block per folder of results, between
+two comments; what stands outside the blocks is left alone. A test holds the tables to the results.
+
+    python benchmarks/measured.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "docs/methods"
+LAST = "## What compare measured here"
+FIGURES = "difference from plain random paired over the seeds with a 95% t interval, cost in plain training runs:"
+TEXT = "is to learn medical text from a pool with wrong, repeated and foreign rows; seeds {seeds}"
+LOSSES = "hypervolume of gain and kept general loss in nats per trained token"
+INTRODUCTIONS = {
+    "text-wide": (
+        "In the [text world](../results/README.md) (a small model that has read no medical text "
+        f"{TEXT}, no setting was tried there before); {LOSSES}, {FIGURES}"
+    ),
+    "ogs-text": (
+        "In the [text world](../results/README.md), in a study of its own (`ogs-text`, seeds {seeds}, no setting was tried there "
+        f"before); figures as above: {LOSSES}, {FIGURES}"
+    ),
+    "family-text": (
+        "In the [text world](../results/README.md) (a small model that has read no medical text "
+        f"{TEXT}, the method's own defaults, tried nowhere before); {LOSSES}, {FIGURES}"
+    ),
+    "arithmetic-development": (
+        "In the [arithmetic world](../results/README.md) (planted truth; seeds {seeds}, on which our own methods were developed, so no "
+        f"claim stands on them); hypervolume of general and domain accuracy, {FIGURES}"
+    ),
+}
+"""Folder of results -> what its block says first; blocks of other folders were written by hand."""
+
+
+def block(folder: str, arms: list[str]) -> str:
+    """Write the block of one folder of results."""
+    found = json.loads((ROOT / "docs/results" / folder / "results.json").read_text("utf-8"))
+    mean = {arm["name"]: arm for arm in found["arms"]}
+    beside = {one["arm"]: one["interval"] for one in found["against_random"]}
+    why = {one["arm"]: one["why"] for one in found["missing"]}
+    lines = ["| arm | hypervolume | minus random | cost |", "|---|---|---|---|"]
+    for arm in arms:
+        if arm not in mean:
+            lines.append(f"| {arm} | {' '.join(why[arm].split('where:')[0].split())} | | |")
+            continue
+        gap = beside.get(arm)
+        shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
+        lines.append(f"| {arm} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
+    seeds = sorted({seed for arm in found["arms"] for seed in arm["seeds"]})
+    said = INTRODUCTIONS[folder].replace("{seeds}", f"{seeds[0]} to {seeds[-1]}")
+    parts = [wrapped(said), "\n".join(lines), wrapped(verdict(found, [arm for arm in arms if arm in mean]))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def verdict(found: dict[str, Any], arms: list[str]) -> str:
+    """Say which arms beat, or lost to, random and the best cheap arm, by their intervals."""
+    said: dict[tuple[str, str], list[str]] = {}
+    cheap = f"`{found['best_cheap']}`, the best cheap arm there"
+    for name, pairs in (("random", found["against_random"]), (cheap, found["against_cheap"])):
+        for pair in pairs:
+            gap, arm = pair["interval"], pair["arm"]
+            if arm not in arms or arm in ("oracle", found["best_cheap"] if name == cheap else "random"):
+                continue
+            word = "beat" if gap["low"] > 0 else "lost to" if gap["high"] < 0 else ""
+            said.setdefault((word, name), []).append(f"`{arm}`")
+    sentences = []
+    for (word, name), some in said.items():
+        names = some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
+        comma = "," if name == cheap else ""
+        sentences.append(
+            f"{names} {word} {name}." if word else f"No advantage of {names} over {name}{comma} was measured."
+        )
+    return " ".join(sentences)
+
+
+def wrapped(text: str) -> str:
+    """Break a paragraph into lines of at most 124 characters."""
+    return "\n".join(textwrap.wrap(text, 124, break_long_words=False, break_on_hyphens=False))
+
+
+def main() -> None:
+    """Rewrite every page's blocks."""
+    for name, folders in json.loads((PAGES / "measured.json").read_text("utf-8")).items():
+        page = PAGES / f"{name}.md"
+        text = page.read_text("utf-8")
+        for folder, arms in folders.items():
+            if folder not in INTRODUCTIONS:
+                continue
+            new = f"<!-- {folder} -->\n{block(folder, arms)}\n<!-- end of {folder} -->\n"
+            old = re.compile(rf"<!-- {folder} -->.*?<!-- end (?:of )?{folder} -->\n", re.DOTALL)
+            if old.search(text):
+                text = old.sub(lambda _, new=new: new, text)
+            else:
+                head, last = text.split(LAST, 1)
+                last = last.replace("Not measured yet.", "").strip()
+                text = f"{head}{LAST}\n\n{last + chr(10) * 2 if last else ''}{new}"
+        page.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
