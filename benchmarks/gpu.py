@@ -404,7 +404,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a batch (16384 for 0.5B, 8192 for 1.5B)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, after each cell")
     parser.add_argument("--commit", default="unknown", help="commit to note, where git is not at hand")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of an earlier run and measure nothing")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print the table of an earlier run and measure nothing"
+    )
     parser.add_argument("--toy", action="store_true", help="the same on a CPU, with a model of 50 thousand weights")
     return parser.parse_args(arguments)
 
