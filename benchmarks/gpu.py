@@ -207,6 +207,8 @@ def time_rounds(arms: Sequence[Arm], batch: Batch, clock: Clock, until: float, m
         Rounds done.
     """
     live = [arm for arm in arms if arm.not_run is None]
+    if not live:
+        return 0
     gc.collect()
     gc.disable()
     done = 0

@@ -1,8 +1,8 @@
 """Choose the deep study's learning rate from its pilot, and write it into the recipes that are to run at one rate.
 
 The rule was fixed before the pilot ran: the rate at which the random arm's hypervolume, a single point per seed, is largest in
-the mean over the pilot's seeds. Other arms are printed and do not decide. A recipe whose comparison has begun is left
-alone: its manifest holds the rate it was declared with.
+the mean over the pilot's seeds. Other arms are printed and do not decide. Give no recipe whose comparison has begun: its
+manifest holds the rate it was declared with and refuses another.
 
     python benchmarks/pick_rate.py docs/results/deep-pilot benchmarks/studies/deep-medical.yaml benchmarks/studies/deep-legal.yaml
 """
@@ -52,7 +52,10 @@ def main() -> None:
     best = max(found["random"], key=lambda lr: float(np.mean(found["random"][lr])))
     print(f"chosen: {best:g}")
     for recipe in arguments.recipes:
-        recipe.write_text(_RATES.sub(f"{best:.3e}", recipe.read_text("utf-8")), "utf-8")
+        text, count = _RATES.subn(f"{best:.3e}", recipe.read_text("utf-8"))
+        if not count:
+            raise SystemExit(f"{recipe} names no learning rates: expected a line with lrs: [...]")
+        recipe.write_text(text, "utf-8")
         print(f"  {recipe}")
 
 

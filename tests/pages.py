@@ -204,6 +204,8 @@ def measured_lines(name: str) -> list[str]:
         mean = {arm["name"]: arm for arm in found["arms"]}
         against = {one["arm"]: one["interval"] for one in found["against_random"]}
         for arm in arms:
+            if arm not in mean:  # not applicable there, or not run
+                continue
             gap = against.get(arm)
             shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
             lines.append(f"| {arm} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")

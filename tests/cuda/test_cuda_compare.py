@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tests.fabricated import config
 from tests.real import SMALL, made_up
 
 from gradsift.compare import real_data as rd
 from gradsift.compare.arms import ArmSpec, Desk
 from gradsift.compare.cell import Grid, run_cell
 from gradsift.compare.real_world import real_world
+from gradsift.compare.worlds import build_world
 from gradsift.models.load import load_navigator, resolve_navigator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -51,3 +55,23 @@ def test_a_cell_on_the_gpu_has_the_figures_of_the_cpu(desks, arm):
         for name, figures in one.metrics.items():
             for figure in ("loss_before", "loss_after", "kl"):
                 assert figures[figure] == pytest.approx(other.metrics[name][figure], rel=2e-3, abs=2e-4), (name, figure)
+
+
+def test_a_lesson_on_the_gpu_is_not_taken_for_one_of_the_cpu(navigator, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path))
+    items = rd.Items({source: made_up(source) for source in rd.SOURCES}, dict.fromkeys(rd.SOURCES, 0))
+    for device in ("cpu", "cuda:0"):
+        loaded = load_navigator(resolve_navigator(str(navigator)), device=device)
+        world = real_world(5, replace(SMALL, lesson=4), loaded, items)
+        assert {p.device for p in world.make_model().parameters()} == {torch.device(device)}
+        assert len(world.base) == 12
+    assert len(list((tmp_path / "worlds").glob("real-*.safetensors"))) == 2
+
+
+def test_a_planted_world_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path))
+    found = config()
+    world = build_world(found.world, 0, "cuda:0")
+    cell = run_cell(Desk(world, 40), ArmSpec("ogs_dual", "ogs_dual"), Grid(lrs=(1e-3,), num_steps=2, batch_size=8))
+    assert {p.device.type for p in world.make_model().parameters()} == {"cuda"}
+    assert len(cell.points) == 1

@@ -33,7 +33,7 @@ Device = Annotated[
     str,
     typer.Option(
         "--device",
-        metavar="auto|cpu|cuda",
+        metavar="auto|cpu|cuda[:N]",
         help="auto: a GPU for the real world if there is one; the small planted models are faster on a CPU core.",
     ),
 ]
@@ -132,7 +132,8 @@ def run(
     from gradsift.compare.worlds import place
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ConfigError("there is no such device", where="--device", got=device, expected="auto, cpu, cuda or cuda:N")
+        raise ConfigError("there is no such device", where="--device", got=device, expected="auto, cpu, cuda or cuda:N",
+                          do="leave --device out")  # fmt: skip
     place(config.world, device)  # refused before anything is declared
     command_line = shlex.join(["gradsift", *sys.argv[1:]])
     seeds = config.seeds

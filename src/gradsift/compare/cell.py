@@ -278,7 +278,7 @@ def measure_point(
     """
     metrics = {}
     for held_out in desk.world.evaluations:
-        rows, pad, size = held_out.rows, desk.world.pad_id, _evaluation_tokens(model, grid)
+        rows, pad, size = held_out.rows, desk.world.pad_id, grid.tokens_per_batch
         before, base = desk.before[held_out.name], desk.base_log_probs[held_out.name]
         after, kl = losses_and_kl(model, rows, base=base, pad_id=pad, tokens_per_batch=size)
         metrics[held_out.name] = {
@@ -292,12 +292,6 @@ def measure_point(
             "won": float((~before.exact & after.exact).sum()),
         }
     return Point(lr, metrics, num_steps, dict(cost), dict(extra))
-
-
-def _evaluation_tokens(model: nn.Module, grid: Grid) -> int:
-    """Batch size of the evaluation: the grid's, and on a GPU at least 8,192 tokens; only memory and waiting depend on it."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return grid.tokens_per_batch if on_cpu else max(grid.tokens_per_batch, 8192)
 
 
 def with_total(arm: ArmSpec, other: Cell, grid: Grid) -> float:

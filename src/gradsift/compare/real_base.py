@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from gradsift.data.cache import cache_folder, published_file
+from gradsift.data.cache import cache_folder, published_file, sha256_file
 from gradsift.errors import StoreError
 from gradsift.manifest import canonical_json, sha256_bytes
 from gradsift.models.adapter import adapter_parameters, attach_lora
@@ -49,7 +49,7 @@ class Lesson:
     alpha: float = 32.0
 
 
-def prepared(model: Any, digest: str, rows: Sequence[TokenRow], lesson: Lesson, pad_id: int) -> nn.Module:
+def prepared(model: Any, digest: str, rows: Sequence[TokenRow], lesson: Lesson, pad_id: int) -> tuple[nn.Module, str]:
     """Teach a model the general sets, or merge what an earlier run of any seed left in the cache; of two processes one teaches.
 
     Args:
@@ -60,12 +60,15 @@ def prepared(model: Any, digest: str, rows: Sequence[TokenRow], lesson: Lesson, 
         pad_id: padding token.
 
     Returns:
-        A copy, frozen, the lesson merged into its weights.
+        A copy, frozen, the lesson merged into its weights; and 12 hex digits of what was taught, which rounds otherwise on another
+        kind of device.
     """
     from filelock import FileLock
 
     content = [[row.id, row.input_ids.tolist(), row.trained.tolist()] for row in rows]
-    what = {"model": digest, "rows": content, "lesson": vars(lesson), "pad": pad_id, "version": VERSION}
+    one = next(model.parameters())
+    what = {"model": digest, "rows": content, "lesson": vars(lesson), "pad": pad_id, "version": VERSION,
+            "device": one.device.type, "dtype": str(one.dtype)}  # fmt: skip
     path = cache_folder() / "worlds" / f"real-{sha256_bytes(canonical_json(what).encode())[:32]}.safetensors"
     adapted = attach_lora(copy.deepcopy(model), LoraConfig(rank=lesson.rank, alpha=lesson.alpha), 0)
     if not path.is_file():
@@ -75,7 +78,7 @@ def prepared(model: Any, digest: str, rows: Sequence[TokenRow], lesson: Lesson, 
                 _teach(adapted, rows, lesson, pad_id, path)
     _read(adapted, path)
     merged: Any = adapted.merge_and_unload()
-    return merged.eval().requires_grad_(False)
+    return merged.eval().requires_grad_(False), sha256_file(path)[:12]
 
 
 def _teach(adapted: nn.Module, rows: Sequence[TokenRow], lesson: Lesson, pad_id: int, path: Path) -> None:
@@ -102,10 +105,11 @@ def _read(adapted: nn.Module, path: Path) -> None:
 
     try:
         weights = load_file(path)
-    except SafetensorError as error:
+        with torch.no_grad():
+            for name, p in adapter_parameters(adapted):  # pyright: ignore[reportArgumentType]
+                p.copy_(weights[name])
+    except (SafetensorError, KeyError) as error:
         raise StoreError(
-            "cached weights are damaged", where=str(path), got=str(error), do="delete this file and run again"
-        ) from None
-    with torch.no_grad():
-        for name, p in adapter_parameters(adapted):  # pyright: ignore[reportArgumentType]
-            p.copy_(weights[name])
+            "cached weights are damaged", where=str(path), got=str(error), expected="the adapter of the lesson",
+            do="delete this file and run again",
+        ) from None  # fmt: skip

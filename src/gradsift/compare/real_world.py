@@ -85,6 +85,13 @@ class RealSettings:
     def __post_init__(self) -> None:
         if self.domain not in DOMAINS:
             raise ConfigError("there is no such domain", where="domain", got=self.domain, expected=", ".join(DOMAINS))
+        if self.lesson < 0 or not self.lesson_lr > 0:
+            raise ConfigError(
+                "the lesson is out of range",
+                where="lesson, lesson_lr",
+                got=f"{self.lesson} rows at {self.lesson_lr}",
+                expected="lesson >= 0 and lesson_lr > 0",
+            )
         if self.copies < 1 or self.duplicate > self.copies * self.clean:
             raise ConfigError(
                 "the duplicates need rows to copy",
@@ -118,11 +125,12 @@ def real_world(
     items = items or read_items()
     tokenize = _tokenizer(navigator, s)
     lesson, items = _set_aside(s, items)
-    dealt = _deal(s, items, seed)
+    dealt, base = _deal(s, items, seed), ""
     if lesson:
         taught = tokenize([(f"lesson/{item.id}", item, item.answer) for item in lesson])
         how, digest = Lesson(lr=s.lesson_lr), navigator.model_sha256
-        navigator = replace(navigator, model=prepared(navigator.model, digest, taught, how, _pad(navigator)))
+        model, base = prepared(navigator.model, digest, taught, how, _pad(navigator))
+        navigator = replace(navigator, model=model)
     texts: dict[str, str] = {}
 
     def rows(role: str, sources: Sequence[str]) -> tuple[TokenRow, ...]:
@@ -158,6 +166,7 @@ def real_world(
         pad_id=_pad(navigator),
         copy_of=exact_copies(pool),
         looks_domain=frozenset(row.id for row in pool if cue.score(pool_texts[row.id]) > 0),
+        base=base,
     )
 
 

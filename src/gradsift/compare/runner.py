@@ -201,10 +201,14 @@ class _Bench:
             desk = self._desk(job)  # a world that cannot be built stops the run: no other cell could be computed either
             roles = {held.name: held.role for held in desk.world.evaluations}
             try:
-                file_cell(self.folder, job.key, self.compute(desk, job), roles, self.device)
+                file_cell(self.folder, job.key, self.compute(desk, job), roles, self.device, desk.world.base)
                 event = Event(job, time.perf_counter() - started)
             except (DiskFullError, StoreError, Interrupted):
                 raise
+            except torch.OutOfMemoryError as error:
+                text = f"the GPU's memory does not suffice: run fewer --jobs on it ({str(error).partition('. ')[0]})"
+                file_failure(self.folder, job.key, text)
+                event = Event(job, time.perf_counter() - started, text)
             except GradsiftError as error:
                 text = str(error)
                 file_failure(self.folder, job.key, text)

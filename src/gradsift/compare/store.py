@@ -19,6 +19,7 @@ from gradsift.compare.claiming import guard
 from gradsift.compare.config import CompareConfig, build_config
 from gradsift.compare.written import changed_field
 from gradsift.errors import ConfigError, StoreError
+from gradsift.gradients.roads import choose_road, describe
 from gradsift.manifest import (
     canonical_json,
     git_sha,
@@ -41,13 +42,15 @@ class Origin:
 
     Args:
         date: UTC, ISO 8601.
-        commit: of the code, empty outside a work tree.
+        commit: of the code, empty where none is known (:func:`gradsift.manifest.git_sha`).
         hardware: processor and number of cores, and the GPU if one was used.
+        base: digest of starting weights that were taught on a machine of its own; empty where the seed alone makes them.
     """
 
     date: str
     commit: str
     hardware: str
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,17 @@ def hardware(device: str = "cpu") -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    gpu = "" if device == "cpu" else f", {torch.cuda.get_device_name(device)}"
+    if device == "cpu":
+        return f"{name}, {os.cpu_count()} cores"
+    road = choose_road("auto", torch.device(device), torch.float32)
+    gpu = f", {torch.cuda.get_device_name(device)}, {describe(road, torch.device(device), torch.float32)}"
     return f"{name}, {os.cpu_count()} cores{gpu}"
 
 
-def here(device: str = "cpu") -> Origin:
+def here(device: str = "cpu", base: str = "") -> Origin:
     """Describe this process's machine and moment."""
     now, commit = datetime.now(UTC).isoformat(timespec="seconds"), git_sha(Path(__file__).parent)
-    return Origin(now, commit or "", hardware(device))
+    return Origin(now, commit or "", hardware(device), base)
 
 
 def declare(folder: Path, config: CompareConfig, command: str) -> CompareConfig:
@@ -175,7 +181,9 @@ def cell_key(config: CompareConfig, name: str, seed: int) -> str:
     return f"{sha256_bytes(canonical_json(parts).encode('ascii'))[:16]}-{seed}"
 
 
-def file_cell(folder: Path, key: str, cell: Cell, roles: Mapping[str, str], device: str = "cpu") -> None:
+def file_cell(
+    folder: Path, key: str, cell: Cell, roles: Mapping[str, str], device: str = "cpu", base: str = ""
+) -> None:
     """Publish a finished cell, whole or not at all.
 
     Args:
@@ -184,12 +192,13 @@ def file_cell(folder: Path, key: str, cell: Cell, roles: Mapping[str, str], devi
         cell: the cell.
         roles: evaluation set -> domain or general.
         device: where its models were.
+        base: digest of taught starting weights.
 
     Raises:
         StoreError: the disk refuses.
     """
     make_folder(folder / "cells")
-    value = {"cell": _plain(asdict(cell)), "origin": asdict(here(device)), "roles": dict(roles)}
+    value = {"cell": _plain(asdict(cell)), "origin": asdict(here(device, base)), "roles": dict(roles)}
     write_bytes_atomic(folder / "cells" / f"{key}.json", seal(value))
     (folder / "failures" / f"{key}.json").unlink(missing_ok=True)
 

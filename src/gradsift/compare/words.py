@@ -133,6 +133,10 @@ def notes(
         out.append(f"cells come from {len(commits)} commits of the code: {', '.join(c[:12] for c in commits)}.")
     if len(machines) > 1:
         out.append(f"cells come from {len(machines)} kinds of machine: {'; '.join(machines)}.")
+    if len(bases := {one.origin.base for one in filed.values() if one.origin.base}) > 1:
+        out.append(
+            f"cells start from {len(bases)} different base weights: taught on different machines, they round apart."
+        )
     if rest := [cell for cell in missing if reason(cell.why) is None]:
         out.append(f"{len(rest)} of {len(missing) + len(filed)} declared cells were not run.")
     return tuple(out)

@@ -50,6 +50,8 @@ class World:
         pad_id: padding token.
         copy_of: row id -> id of its first exact copy.
         looks_domain: pool rows that a word cue calls domain.
+        base: digest of starting weights that were taught on a machine of its own and may round otherwise on another; empty
+            where there are none.
     """
 
     name: str
@@ -67,3 +69,4 @@ class World:
     pad_id: int
     copy_of: Mapping[str, str] = field(default_factory=dict)
     looks_domain: frozenset[str] = frozenset()
+    base: str = ""

@@ -16,6 +16,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -29,8 +30,11 @@ from gradsift.gradients.spans import MOST, Shape, Spans, launches, lengths_on, n
 GRAM_AT_MOST = 0.7  # of the direct product's work; its tiles are read more often
 
 
-def _kernel(name: str) -> Any:
-    return getattr(import_module("gradsift.gradients.kernels"), name)
+def _launched(name: str, grid: tuple[int, ...], on: Tensor, *given: Any, **options: Any) -> None:
+    """Launch a kernel where a tensor lives: triton takes torch's current device, which need not be the model's."""
+    kernel = getattr(import_module("gradsift.gradients.kernels"), name)
+    with torch.cuda.device(on.device) if on.device.type == "cuda" else nullcontext():
+        kernel[grid](*given, **options)
 
 
 def why_not(device: torch.device | None = None) -> str | None:
@@ -146,8 +150,9 @@ def _launch(
     work, edges = work_on(spans, shape.tokens, groups, x.device)
     out = torch.empty(tiles, num, num_directions + 1, shape.warps, dtype=torch.float32, device=x.device)
     row_sign, col_sign = signs if signs is not None and num_directions else (x, x)
-    _kernel("outer_kernel")[(tiles * groups,)](
-        x, g, x if directions is None else directions, row_sign, col_sign, work, edges, out,
+    _launched(
+        "outer_kernel", (tiles * groups,), x,
+        x, g, x if directions is None else directions.contiguous(), row_sign, col_sign, work, edges, out,
         rows, cols, num, rows * cols,
         M=num_directions, BM=shape.rows, BN=shape.cols, BK=shape.tokens,
         EVEN=rows % shape.rows == 0 and cols % shape.cols == 0, FLIP=signs is not None and num_directions > 0,
@@ -195,7 +200,8 @@ def gram_squares(x: Float[Tensor, "S cols"], g: Float[Tensor, "S rows"], spans: 
         return torch.zeros(num, dtype=torch.float64, device=x.device)
     out = torch.zeros(num * width, dtype=torch.float32, device=x.device)
     full = x.dtype == torch.float32
-    _kernel("gram_kernel")[(len(work),)](
+    _launched(
+        "gram_kernel", (len(work),), x,
         x.contiguous(), g.contiguous(), work, out, g.shape[1], x.shape[1],
         BT=tokens, BK=16 if interpreted() else (32 if full else 64), PRECISION="tf32x3" if full else "ieee",
         num_warps=8, num_stages=3,
@@ -215,9 +221,8 @@ def log_norms(logits: Float[Tensor, "S V"]) -> Float[Tensor, " S"]:
     logits = logits.contiguous()
     out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if len(out):
-        _kernel("log_norm_kernel")[(len(out),)](
-            logits, out, logits.shape[1], BLOCK=64 if interpreted() else 4096, num_warps=8
-        )
+        block = 64 if interpreted() else 4096
+        _launched("log_norm_kernel", (len(out),), out, logits, out, logits.shape[1], BLOCK=block, num_warps=8)
     return out
 
 
@@ -242,9 +247,8 @@ def slopes(
     out, block = torch.empty_like(logits), 64 if interpreted() else 4096
     if len(out):
         grid = (logits.shape[0], -(-logits.shape[1] // block))
-        _kernel("slope_kernel")[grid](
-            logits, log_norm, targets, weight.float(), out, logits.shape[1], BLOCK=block, num_warps=8
-        )
+        given = (logits, log_norm, targets, weight.float(), out, logits.shape[1])
+        _launched("slope_kernel", grid, out, *given, BLOCK=block, num_warps=8)
     return out
 
 
@@ -267,7 +271,8 @@ def rms_sums(
     out = torch.empty(num, chunks, width, dtype=torch.float32, device=x.device)
     if out.numel():
         block = 1 << max(4, (width - 1).bit_length())
-        _kernel("rms_kernel")[(num, chunks)](
+        _launched(
+            "rms_kernel", (num, chunks), x,
             x.contiguous(), g.contiguous(), lengths_on(tuple(lengths), x.device), out, width, tokens, eps,
             BK=step, BN=block, num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip

@@ -57,11 +57,14 @@ def outer_kernel(
     if M > 0:
         d0 = _direction(d_ptr, place, ok, sign, FLIP)
     if M > 1:
-        d1 = _direction(d_ptr + d_stride, place, ok, sign, FLIP)
+        d_ptr += d_stride  # step by step: a multiple of the stride of a large table does not fit 32 bits
+        d1 = _direction(d_ptr, place, ok, sign, FLIP)
     if M > 2:
-        d2 = _direction(d_ptr + 2 * d_stride, place, ok, sign, FLIP)
+        d_ptr += d_stride
+        d2 = _direction(d_ptr, place, ok, sign, FLIP)
     if M > 3:
-        d3 = _direction(d_ptr + 3 * d_stride, place, ok, sign, FLIP)
+        d_ptr += d_stride
+        d3 = _direction(d_ptr, place, ok, sign, FLIP)
     step = tl.arange(0, BK)
     part = tl.arange(0, PARTS)
     acc = tl.zeros((BM, BN), dtype=tl.float32)

@@ -79,6 +79,8 @@ def fold_signed(
         [..., width]; the values themselves when nothing is to be done.
     """
     n = values.shape[-1]
+    if sign is not None:
+        values = values.to(sign.dtype)  # half precision is summed in that of the signs
     if width == n:
         return values if sign is None else values * sign
     folds = n // width

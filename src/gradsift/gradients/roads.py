@@ -33,8 +33,10 @@ def choose_road(asked: Road, device: torch.device, dtype: torch.dtype) -> Litera
         The road.
 
     Raises:
-        ConfigError: ``fused`` was asked for and cannot run.
+        ConfigError: there is no such road, or ``fused`` was asked for and cannot run.
     """
+    if asked != "auto" and asked not in WORDS:
+        raise ConfigError("there is no such road", where="road", got=asked, expected=f"auto, {', '.join(WORDS)}")
     why = missing(device, dtype)
     if asked == "fused" and why is not None:
         raise ConfigError(

@@ -51,9 +51,9 @@ def places(lengths: tuple[int, ...], starts: tuple[int, ...], device: torch.devi
 
 
 @cache
-def _has_wide_products(kind: str) -> bool:
-    """Tell whether torch multiplies half precision into float32 on this kind of device."""
-    one = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=kind)
+def _has_wide_products(device: torch.device) -> bool:
+    """Tell whether torch multiplies half precision into float32 on this device."""
+    one = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.bmm(one, one, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
         torch.mm(one[0], one[0], out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
@@ -74,7 +74,7 @@ def bmm_wide(a: Float[Tensor, "B n k"], b: Float[Tensor, "B k m"]) -> Float[Tens
     """
     if a.dtype not in HALF:
         return torch.bmm(a, b)
-    if _has_wide_products(a.device.type):
+    if _has_wide_products(a.device):
         return torch.bmm(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return torch.bmm(a.float(), b.float())
 
@@ -91,6 +91,6 @@ def mm_wide(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "
     """
     if a.dtype not in HALF:
         return torch.mm(a, b)
-    if _has_wide_products(a.device.type):
+    if _has_wide_products(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return torch.mm(a.float(), b.float())

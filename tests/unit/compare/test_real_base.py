@@ -11,7 +11,7 @@ from tests.real import SMALL, made_up
 import gradsift.compare.real_base as real_base
 from gradsift.compare import real_data as rd
 from gradsift.compare.real_world import _set_aside, real_world
-from gradsift.errors import StoreError
+from gradsift.errors import ConfigError, StoreError
 from gradsift.evaluate.losses import evaluate_rows
 from gradsift.models.load import load_navigator, resolve_navigator
 
@@ -73,6 +73,12 @@ def test_a_damaged_cache_is_named(toy, items, cache):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StoreError, match="cached weights are damaged"):
         real_world(1, TAUGHT, toy, items)
+
+
+@pytest.mark.parametrize("change", [{"lesson": -1}, {"lesson_lr": 0.0}])
+def test_a_lesson_out_of_range_is_refused(change):
+    with pytest.raises(ConfigError, match="lesson"):
+        replace(SMALL, **change)
 
 
 def test_documents_of_the_lesson_serve_nothing_else(toy, items):
