@@ -17,7 +17,8 @@ from jaxtyping import Float
 from gradsift.data.batches import collate, plan_batches
 from gradsift.errors import NumericsError
 from gradsift.gradients.embed import content_order, reorder, unit_distance
-from gradsift.gradients.hooks import Forwarded, GradientEngine
+from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.measured import Forwarded
 from gradsift.gradients.taps import NO_EXTRAS, Extras, Taps, alone_row, empty_extras, hidden_name, stack_masks
 from gradsift.seeds import Stream
 from gradsift.store.shards import ShardResult

@@ -23,50 +23,12 @@ from gradsift.errors import ModelError
 from gradsift.gradients import fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Scatter, Totals, make_block
+from gradsift.gradients.edges import embedding_squares, head_squares
 from gradsift.gradients.embed import pool_positions
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
+from gradsift.gradients.measured import Forwarded, Measured
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Signals of one micro-batch, on the CPU.
-
-    Args:
-        loss: float64 [B] mean nats per trained token.
-        square: float64 [B] squared gradient norm over the chosen parameters.
-        dots: float64 [B, M] exact dots with the unit directions.
-        sketch: [B, D] or None.
-        emb_norm: float64 [B] norm of the input embedding's gradient (lookup part only when tied).
-        head_norm: float64 [B] norm of the LM head's gradient (head part only when tied).
-        embedding: [B, d] position-weighted mean of the last hidden states, or None.
-        prompt_loss: float64 [B] mean nats per prompt token, 0 without one; None where no prompt was asked for.
-    """
-
-    loss: Float[Tensor, " B"]
-    square: Float[Tensor, " B"]
-    dots: Float[Tensor, "B M"]
-    sketch: Float[Tensor, "B D"] | None
-    emb_norm: Float[Tensor, " B"]
-    head_norm: Float[Tensor, " B"]
-    embedding: Float[Tensor, "B d"] | None = None
-    prompt_loss: Float[Tensor, " B"] | None = None
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """What a forward alone gives, on the CPU.
-
-    Args:
-        loss: float64 [B] mean nats per trained token.
-        embedding: [B, d] position-weighted mean of the last hidden states, or None.
-        prompt_loss: float64 [B] mean nats per prompt token, 0 without one; None where no prompt was asked for.
-    """
-
-    loss: Float[Tensor, " B"]
-    embedding: Float[Tensor, "B d"] | None
-    prompt_loss: Float[Tensor, " B"] | None = None
 
 
 @dataclass
@@ -304,13 +266,13 @@ class GradientEngine:
 
     def _head_squares(self, seen: Seen) -> Tensor:
         if self.road == "tiles":
-            return _head_squares(seen)
+            return head_squares(seen)
         return on_cuda.head_squares(Outer(seen.x, seen.g, seen.lengths, seen.starts), self.road)
 
     def _embedding_squares(self, module: nn.Module, seen: Seen) -> Tensor:
         rule = self._rules.get(module) or rule_for(module)
         if self.road == "tiles" or rule is None:
-            return _embedding_squares(rule, module, seen)
+            return embedding_squares(rule, module, seen)
         return lookups.scatter_squares([part for _, part in rule.parts(module, seen) if isinstance(part, Scatter)])
 
     def _arrive(self, block: Block, part: Contribution) -> None:
@@ -481,28 +443,3 @@ class GradientEngine:
 def _accepts_positions(model: nn.Module) -> bool:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return "position_ids" in inspect.signature(inner.forward).parameters
-
-
-def _head_squares(seen: Seen) -> Float[Tensor, " B"]:
-    """Squared norm of the LM head's gradient by two Gram matrices: sum_tu (d_t . d_u)(h_t . h_u) (grads.md 2.1)."""
-    assert seen.starts is not None
-    out = []
-    for start, n in zip(seen.starts, seen.lengths, strict=True):
-        x, g = seen.x[start : start + n], seen.g[start : start + n]
-        out.append(((g @ g.t()).double() * (x @ x.t()).double()).sum())
-    return torch.stack(out)
-
-
-def _embedding_squares(rule: LayerRule | None, module: nn.Module, seen: Seen) -> Float[Tensor, " B"]:
-    """Squared norm of the input embedding's gradient, repeated tokens summed first."""
-    rule = rule or rule_for(module)
-    if rule is None:
-        return torch.full((len(seen.lengths),), float("nan"), dtype=torch.float64, device=seen.g.device)
-    scatter = dict(rule.parts(module, seen))["weight"]
-    size = (len(seen.lengths), int(scatter.g.shape[-1]))  # type: ignore[union-attr]
-    out = []
-    for b, n in enumerate(seen.lengths):
-        ids, inverse = torch.unique(seen.x[b, :n], return_inverse=True)
-        summed = seen.g.new_zeros(ids.shape[0], size[1]).index_add_(0, inverse, scatter.g[b, :n])  # type: ignore[union-attr]
-        out.append(summed.double().square().sum())
-    return torch.stack(out)
