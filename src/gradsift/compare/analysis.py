@@ -64,6 +64,7 @@ class Told:
         baseline: the arm it stands for; empty when none is finished.
         supported: whether the figures allow the claim.
         sentence: what may be said.
+        interval: arm minus baseline; None where nothing can be compared or seeds are missing.
     """
 
     arm: str
@@ -71,6 +72,7 @@ class Told:
     baseline: str
     supported: bool
     sentence: str
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, a
     if done < declared:  # looking early and stopping when it suits would be a test of its own, with more errors
         return Told(name, asked, baseline, False, words.unfinished(name, baseline, pair.interval, declared, metric))
     sentence = claim(name, baseline, metric, pair.interval, words.data_set(config), **settings)
-    return Told(name, asked, baseline, pair.interval.supports_gain, sentence)
+    return Told(name, asked, baseline, pair.interval.supports_gain, sentence, pair.interval)
 
 
 def _finite(value: Any) -> Any:

@@ -64,25 +64,40 @@ def plane(config: CompareConfig, analysis: Analysis) -> Figure:
 
     part = roles(config, analysis)
     titles = axis_names(config)
-    scale = alt.Scale(zero=False, nice=True)
+    corner = config.reference or (0.0, 0.0)
+    spans = [_inside([(p.x, p.y)[axis] for arm in analysis.arms for p in arm.points], corner[axis]) for axis in (0, 1)]
+    scales = [alt.Scale(domain=span, zero=False, nice=True) for span in spans]
     ways: dict[str, Any] = {
-        "x": alt.X("x:Q", scale=scale, axis=alt.Axis(title=titles[0], format="~g", tickCount=6)),
-        "y": alt.Y("y:Q", scale=scale, axis=alt.Axis(title=titles[1], format="~g", tickCount=6)),
+        "x": alt.X("x:Q", scale=scales[0], axis=alt.Axis(title=titles[0], format="~g", tickCount=6)),
+        "y": alt.Y("y:Q", scale=scales[1], axis=alt.Axis(title=titles[1], format="~g", tickCount=6)),
     }
+    cut = sum(p.x < corner[0] or p.y < corner[1] for arm in analysis.arms for p in arm.points)
     layers: list[Any] = []
     for role in ("other", "baseline", "bound", "claimed"):
         for arm in (arm for arm in analysis.arms if part[arm.name] == role):
-            layers += _path(arm, role, ways)
+            layers += _path(arm, role, ways, corner)
     text = f"{plural(len(analysis.arms), 'arm')}, each at {plural(len(analysis.arms[0].points), 'learning rate')}"
     says = f"{text}, mean over seeds. Up and to the right is better; filled points are on their arm's front."
+    if cut:
+        at = f"({corner[0]:g}, {corner[1]:g})"
+        says += f" Not shown, because they add nothing: {plural(cut, 'point')} below the corner {at}."
     return Figure("Gain and forgetting", render_svg(_chart(layers, 560, 380)), says)
 
 
-def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any]) -> list[Any]:
+def _inside(values: Sequence[float], low: float) -> list[float]:
+    """The range of an axis: from the corner, or the smallest value above it, to the largest value."""
+    above = [value for value in values if value >= low]
+    return [min(above), max(above)] if above and min(above) < max(above) else [low, low + 1.0]
+
+
+def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any], corner: tuple[float, float]) -> list[Any]:
     import altair as alt
 
     color, loud = _COLOR[role], role != "other"
-    rows = [{"x": p.x, "y": p.y, "order": k, "front": p.on_front} for k, p in enumerate(arm.points)]
+    inside = [p for p in arm.points if p.x >= corner[0] and p.y >= corner[1]]
+    rows = [{"x": p.x, "y": p.y, "order": k, "front": p.on_front} for k, p in enumerate(inside)]
+    if not rows:
+        return []
     base = alt.Chart(_data(rows))
     layers: list[Any] = [
         base.mark_line(color=color, strokeWidth=1.8 if loud else 0.8, opacity=0.9 if loud else 0.45).encode(
@@ -97,7 +112,8 @@ def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any]) -> list[Any]:
             )
             layers.append(mark.encode(**ways))
     if loud:
-        top = max(rows, key=lambda row: (row["y"], row["x"]))
+        # At the point that spans the largest area by itself: the gentlest rates of all arms lie in one spot.
+        top = max(rows, key=lambda row: (row["x"] - corner[0]) * (row["y"] - corner[1]))
         label = alt.Chart(_data([{**top, "label": one_line(arm.name, 26)}]))
         layers.append(
             label.mark_text(color=color, align="left", dx=7, dy=-5, fontSize=11).encode(**ways, text="label:N")

@@ -40,6 +40,25 @@ def test_the_page_shows_losing_arms_claims_and_missing_cells():
     assert "never does" in html
 
 
+def test_points_below_the_corner_are_counted_and_not_drawn():
+    found = config()
+    cells = table(found, MEANS)
+    assert "Not shown" not in page(found, cells)
+    far = {key: filed(cell(*key, [(-0.5, 0.4), (0.2, 0.3)])) for key in cells if key[0] == "ours"}
+    html = page(found, cells | far)
+    assert "Not shown, because they add nothing: 1 point below the corner (0, 0)." in html
+
+
+def test_many_claims_stand_in_a_table_with_their_sentences_below():
+    claims = [{"arm": "ours", "baseline": name} for name in ("random", "cheap", "oracle", "best_cheap")]
+    found = config(claims=claims)
+    html = page(found, table(found, MEANS))
+    assert html.count("no advantage was measured; it lost") == 4
+    assert "<summary>The claims in full" in html
+    assert "no advantage over oracle was measured" in html
+    assert "<summary>The claims in full" not in page()
+
+
 def test_the_page_is_one_file_without_scripts():
     html = page()
 
