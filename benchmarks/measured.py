@@ -26,8 +26,8 @@ INTRODUCTIONS = {
         f"{TEXT}, no setting was tried there before); {LOSSES}, {FIGURES}"
     ),
     "ogs-text": (
-        "In the [text world](../results/README.md), in a study of its own (`ogs-text`, seeds {seeds}, no setting was tried there "
-        f"before); figures as above: {LOSSES}, {FIGURES}"
+        "In the [text world](../results/README.md) (a small model that has read no medical text "
+        f"{TEXT}, no setting of ogs was tried there before); {LOSSES}, {FIGURES}"
     ),
     "family-text": (
         "In the [text world](../results/README.md) (a small model that has read no medical text "
