@@ -117,7 +117,7 @@ def test_the_settings_of_token_masking_stand_with_their_defaults():
         assert f"| `stm.{name}` | {'none' if value is None else value} |" in text
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", sorted({*EXAMPLES, *methods(), *MEASURED}))
 def test_measured_figures_are_those_of_the_results_and_nothing_else_is_shown(name):
     text = sections(name)[LAST]
     if name not in MEASURED:
