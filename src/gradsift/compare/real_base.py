@@ -1,8 +1,9 @@
 """The real-data world's starting weights: the packaged model after a short lesson in the general sets (ours).
 
-The packaged model has rarely seen these sets in this form: its loss on the answers of BoolQ is 7 nats per token and falls to 0.4
-in twenty steps on anything with yes or no in it. Nothing can be forgotten that was never known, so the model first learns
-the general sets on rows that no seed uses for anything else; then a domain is to be learned without losing them.
+The packaged model does not know these sets in this form: its loss on their short answers is several nats per token, and a few dozen
+steps on almost any rows with answers lower it (docs/results/LOG.md, the first design). Nothing can be forgotten that was
+never known, so the model first learns the general sets on rows that no seed uses for anything else; then a domain is to be
+learned without losing them.
 """
 
 from __future__ import annotations
