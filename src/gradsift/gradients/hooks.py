@@ -30,6 +30,8 @@ from gradsift.gradients.measured import Forwarded, Measured
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
 
+EDGE_NORMS = ("emb_grad_norm", "head_grad_norm")
+
 
 @dataclass
 class _Use:
@@ -67,6 +69,8 @@ class GradientEngine:
         building: also sum the gradients themselves, to build an anchor.
         embedding: also pool the last hidden states, which are the LM head's input.
         norms: False asks for the sketch alone: no gradient is formed, and every norm is NaN.
+        edges: also measure the gradient norms of the embedding table and the LM head where they are not among ``names``;
+            False leaves those NaN, and the backward ends at the lowest of ``names``.
         road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
 
     Raises:
@@ -83,11 +87,15 @@ class GradientEngine:
         building: bool = False,
         embedding: bool = False,
         norms: bool = True,
+        edges: bool = True,
         road: roads.Road = "auto",
     ) -> None:
         self.norms = norms
+        self.edges = edges and norms
         self.model = model.eval()
-        self.road = roads.choose_road(road, self._device, next(model.parameters()).dtype)
+        first = next(model.parameters())
+        self._device, self._weights = first.device, first.dtype
+        self.road = roads.choose_road(road, self._device, self._weights)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.projector = projector
@@ -116,7 +124,6 @@ class GradientEngine:
         self._norms = roads.fast_norms(self._uses, self.dtype) if self.road == "fused" else {}
         self._head_block = self._weight_block(self._head)
         self._embedding_block = self._weight_block(self._embedding)
-        self._lookups = {module for module in self._uses if isinstance(module, nn.Embedding)}
         self._takes_positions = _accepts_positions(model)
         self._batch: _Batch | None = None
         self._expected: dict[str, int] = {}
@@ -126,21 +133,25 @@ class GradientEngine:
     @property
     def dtype(self) -> torch.dtype:
         """Arithmetic of the measurement: float64 for a float64 model, float32 otherwise (bfloat16 is widened)."""
-        return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+        return torch.float64 if self._weights == torch.float64 else torch.float32
 
     @property
     def description(self) -> str:
         """How gradients are measured here, in words."""
-        return roads.describe(self.road, self._device, next(self.model.parameters()).dtype)
+        return roads.describe(self.road, self._device, self._weights)
+
+    @property
+    def edge_norms(self) -> tuple[str, ...]:
+        """Which of :data:`EDGE_NORMS` a pass measures."""
+        blocks = (self._embedding_block, self._head_block)
+        return tuple(
+            name for name, block in zip(EDGE_NORMS, blocks) if self.edges or (self.norms and block is not None)
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self._device
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def _map_parameters(self, wanted: set[str]) -> tuple[str, ...]:
         """Find the module and rule of each wanted parameter; return the names that no rule covers."""
@@ -222,10 +233,10 @@ class GradientEngine:
     def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
-        if not output.requires_grad and (module is self._embedding or module in self._lookups):
-            output.requires_grad_(True)
-        if not output.requires_grad:
+        if module not in self._uses and not self.edges:
             return
+        if not output.requires_grad:  # the lowest of those measured: the backward goes no further down
+            output.requires_grad_(True)
         for use in self._uses.get(module, ()):
             self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
         x = inputs[0].detach()
@@ -241,7 +252,7 @@ class GradientEngine:
             x = x.to(self.dtype) if x.is_floating_point() else x
         if head:
             seen = Seen(x[0], g[0], batch.head_lengths, batch.head_starts)
-            if self._head_block is None and self.norms:
+            if self._head_block is None and self.edges:
                 batch.head_square = self._head_squares(seen)
         else:
             lengths = batch.lengths if x.shape[0] == len(batch.lengths) else None
@@ -253,7 +264,7 @@ class GradientEngine:
                     do="choose another --navigator or leave the layer out of navigator.parameters",
                 )
             seen = Seen(x, g, lengths)
-            if module is self._embedding and self._embedding_block is None and self.norms:
+            if module is self._embedding and self._embedding_block is None and self.edges:
                 batch.emb_square = self._embedding_squares(module, seen)
         if module not in self._uses:
             return
@@ -373,8 +384,6 @@ class GradientEngine:
         rows, columns = supervised.nonzero(as_tuple=True)
         counts = supervised.sum(1)
         starts = torch.cumsum(counts, 0) - counts
-        start = 0.0 if self.norms else float("nan")
-        zeros = torch.full((size,), start, dtype=torch.float64, device=self._device)
         dim = None if self.projector is None else self.projector.dim
         self._batch = _Batch(
             tuple(lengths.tolist()),
@@ -384,12 +393,11 @@ class GradientEngine:
             (rows, columns),
             Totals(
                 torch.zeros(size, self.num_directions, dtype=torch.float64, device=self._device),
-                zeros.clone(),
+                self._start(size, self.norms),
                 None if dim is None else torch.zeros(size, dim, dtype=self.dtype, device=self._device),
                 self.norms,
             ),
-            zeros.clone(),
-            zeros.clone(),
+            *(self._start(size, name in self.edge_norms) for name in EDGE_NORMS),
             prompt=prompt,
         )
         self._expected.clear()
@@ -400,6 +408,9 @@ class GradientEngine:
             self._batch = None
             self._expected.clear()
             self._pending.clear()
+
+    def _start(self, size: int, measured: bool) -> Float[Tensor, " B"]:
+        return torch.full((size,), 0.0 if measured else float("nan"), dtype=torch.float64, device=self._device)
 
     def _loss(
         self, logits: Float[Tensor, "1 S V"], labels: Int[Tensor, "B T"], input_ids: Int[Tensor, "B T"]
@@ -414,10 +425,10 @@ class GradientEngine:
         wide = logits.detach()[0]
         if self.road == "fused":
             log_norm = fused.log_norms(wide)
-        else:
-            wide = wide if wide.dtype == torch.float64 else wide.float()
-            log_norm = torch.logsumexp(wide, -1)
-        nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
+            nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
+        else:  # one kernel, where logsumexp takes four passes
+            wide = torch.log_softmax(wide if wide.dtype == torch.float64 else wide.float(), -1)
+            nats = -wide.gather(1, targets[:, None])[:, 0].double()
         zeros = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device)
         if prompt is None:
             loss = zeros.index_add(0, rows, nats) / counts
@@ -433,7 +444,7 @@ class GradientEngine:
         weight = weight[rows] if prompt is None else weight[rows] * supervised[seen]
         if self.road == "fused":
             return loss, fused.slopes(wide, log_norm, targets, weight)
-        slope = torch.sub(wide, log_norm[:, None]).exp_()
+        slope = wide.exp_()
         slope[torch.arange(len(targets), device=targets.device), targets] -= 1
         if not nats.isfinite().all():
             slope.nan_to_num_()

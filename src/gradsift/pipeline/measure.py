@@ -32,7 +32,7 @@ from gradsift.gradients.directions import (
     save_direction,
     sketch_directions,
 )
-from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.hooks import EDGE_NORMS, GradientEngine
 from gradsift.gradients.project import VERSION, Projector
 from gradsift.launch.bench import Bench
 from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
@@ -158,14 +158,21 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
     prepared, notes = active.prepared, [*notes, *active.notes]
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
     embeds = wants_embedding(prepared, out)
-    engine = GradientEngine(model, parameters.names if gradients else (), projector=projector, embedding=embeds)
+    engine = GradientEngine(
+        model,
+        parameters.names if gradients else (),
+        projector=projector,
+        embedding=embeds,
+        edges=wants_edges(prepared, out),
+    )
     covered = coverage(parameters, engine.blocks if gradients else parameters.names)
     notes += _coverage_note(covered)
     if gradients and engine.road != "tiles":
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
     prepared, rows = told_apart(prepared, extras, rows)
-    spec = _spec(prepared, navigator, model, parameters, gradients, (*(["embedding"] if embeds else []), *extras.names))
+    more = (*(["embedding"] if embeds else []), *extras.names, *(engine.edge_norms if gradients else ()))
+    spec = _spec(prepared, navigator, model, parameters, gradients, more)
     spec = spec if at is None else spec_at(spec, at)
     folder = store_folder(out / ("signals" if at is None else at.signals), spec)
     built = _directions(prepared, model, parameters, folder, clock, embeds) if gradients else []
@@ -235,6 +242,23 @@ def wants_gradients(prepared: Prepared, out: Path | None = None) -> bool:
     if prepared.recipe.collect.signals == "all" or prepared.method.needs.gradients:
         return True
     return out is not None and any(spec.parameters != "none" for spec in kept_specs(out / "signals"))
+
+
+def wants_edges(prepared: Prepared, out: Path) -> bool:
+    """Tell whether the gradient norms of embedding and LM head are measured where these tables are not chosen themselves.
+
+    They cost 2% to 7% of such a pass; where the tables are chosen they come with it. A folder keeps what it measures.
+
+    Args:
+        prepared: the run's inputs.
+        out: the run folder; need not exist.
+
+    Returns:
+        True where a method needs them, they are part of what is measured here, or all signals were asked for.
+    """
+    if prepared.recipe.collect.signals == "all" or prepared.method.needs.signals & set(EDGE_NORMS):
+        return True
+    return any(set(EDGE_NORMS) <= set(spec.signals) for spec in kept_specs(out / "signals"))
 
 
 def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
@@ -313,7 +337,7 @@ def _spec(
     recipe = prepared.recipe
     signals = ["loss", *more]
     if gradients:
-        signals += ["grad_norm", "emb_grad_norm", "head_grad_norm", "sketch"]
+        signals += ["grad_norm", "sketch"]
         signals += ["dots"] if prepared.directions else []
     lora = gradients and parameters.kind == "lora"
     return GradientSpec(
