@@ -65,7 +65,7 @@ class GradientEngine:
         model: a causal language model; put into eval mode, all weights frozen.
         names: parameters to measure (names of ``model.named_parameters()``; tied weights once).
         projector: seed and size of the sketch, or None for none.
-        directions: name -> [M, rows * cols] sign-flipped unit directions, from :meth:`flatten`; or None.
+        directions: name -> [M, rows * cols] unit directions, from :meth:`flatten`; or None.
         building: also sum the gradients themselves, to build an anchor.
         embedding: also pool the last hidden states, which are the LM head's input.
         norms: False asks for the sketch alone: no gradient is formed, and every norm is NaN.
@@ -193,7 +193,7 @@ class GradientEngine:
         raise KeyError(name)
 
     def flatten(self, name: str, matrices: Sequence[Float[Tensor, "rows cols"]]) -> Float[Tensor, "M n"]:
-        """Turn direction matrices into the sign-flipped rows that blocks multiply with.
+        """Turn direction matrices into the rows that blocks multiply with.
 
         Args:
             name: a covered parameter.
@@ -202,11 +202,8 @@ class GradientEngine:
         Returns:
             [M, rows * cols].
         """
-        block = self.blocks[name]
-        stacked = torch.stack(list(matrices))
-        if block.row_sign is not None and block.col_sign is not None:
-            stacked = stacked * block.row_sign[:, None] * block.col_sign
-        return stacked.reshape(len(matrices), -1).contiguous()
+        assert name in self.blocks, name
+        return torch.stack(list(matrices)).reshape(len(matrices), -1).contiguous()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
