@@ -17,6 +17,7 @@ from gradsift.errors import ConfigError
 from gradsift.types import Budget, LossOn
 
 MAX_RECIPE_BYTES = 1 << 20
+UPPER = r"^([0-9]+(\.[0-9]+)?%|[1-9][0-9]*)$"
 Format = Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt"]
 
 
@@ -98,6 +99,7 @@ class CollectConfig(Strict):
 
     Args:
         sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
+        layers: measure the upper decoder layers only, a share (25%, rounded up) or a count (8); None measures all.
         tokens_per_batch: longest row times rows of a micro-batch never exceed this.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
@@ -105,6 +107,7 @@ class CollectConfig(Strict):
     """
 
     sketch_dim: int = Field(default=4093, ge=2)
+    layers: str | None = Field(default=None, pattern=UPPER)
     tokens_per_batch: int = Field(default=1024, ge=1)
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"

@@ -29,6 +29,7 @@ from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
+from gradsift.gradients.taps import find_layers
 
 
 @dataclass
@@ -68,6 +69,8 @@ class GradientEngine:
         embedding: also pool the last hidden states, which are the LM head's input.
         norms: False asks for the sketch alone: no gradient is formed, and every norm is NaN.
         road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
+        first_layer: the backward stops where this decoder layer (from 0) begins: whatever is computed before it is a
+            constant, and ``names`` are those of :func:`gradsift.gradients.upper.choose_upper`. None stops at the embedding.
 
     Raises:
         ModelError: the model has no LM head that can be hooked.
@@ -84,6 +87,7 @@ class GradientEngine:
         embedding: bool = False,
         norms: bool = True,
         road: roads.Road = "auto",
+        first_layer: int | None = None,
     ) -> None:
         self.norms = norms
         self.model = model.eval()
@@ -118,6 +122,9 @@ class GradientEngine:
         self._embedding_block = self._weight_block(self._embedding)
         self._lookups = {module for module in self._uses if isinstance(module, nn.Embedding)}
         self._takes_positions = _accepts_positions(model)
+        self.first_layer = first_layer
+        self._first = None if first_layer is None else find_layers(model)[first_layer]
+        self._reached = first_layer is None
         self._batch: _Batch | None = None
         self._expected: dict[str, int] = {}
         self._pending: dict[str, list[Contribution]] = {}
@@ -203,6 +210,8 @@ class GradientEngine:
         hooked = set(self._uses) | {self._embedding, self._head}
         for module in hooked:
             self._handles.append(module.register_forward_hook(self._after_forward))
+        if self._first is not None:
+            self._handles.append(self._first.register_forward_pre_hook(self._begin))
         # First of the head's pre-hooks, so that other hooks see the gathered input as well.
         self._handles.append(self._head.register_forward_pre_hook(self._gather, prepend=True))
         return self
@@ -212,6 +221,9 @@ class GradientEngine:
             handle.remove()
         self._handles.clear()
 
+    def _begin(self, *_: object) -> None:
+        self._reached = True
+
     def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._batch is not None
         hidden = inputs[0]
@@ -220,9 +232,14 @@ class GradientEngine:
         return (hidden.reshape(-1, hidden.shape[-1])[self._batch.positions][None], *inputs[1:])
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self._reached:
             return
-        if not output.requires_grad and (module is self._embedding or module in self._lookups):
+        # Where the layers begin, the first hooked output is a leaf: nothing before it is in the graph. Without them it is
+        # the embedding's.
+        starts = (
+            module in self._uses if self._first is not None else module is self._embedding or module in self._lookups
+        )
+        if starts and not output.requires_grad:
             output.requires_grad_(True)
         if not output.requires_grad:
             return
@@ -347,11 +364,16 @@ class GradientEngine:
                 totals.square.cpu(),
                 totals.dots.cpu(),
                 None if totals.sketch is None else self._sketch(totals).cpu(),
-                batch.emb_square.clamp_min(0).sqrt().cpu(),
+                self._embedding_norm(batch),
                 batch.head_square.clamp_min(0).sqrt().cpu(),
                 None if batch.embedding is None else batch.embedding.cpu(),
                 None if batch.prompt_loss is None else batch.prompt_loss.cpu(),
             )
+
+    def _embedding_norm(self, batch: _Batch) -> Tensor:
+        if self._first is not None:  # the backward never gets there
+            return torch.full_like(batch.emb_square, float("nan")).cpu()
+        return batch.emb_square.clamp_min(0).sqrt().cpu()
 
     def _sketch(self, totals: Totals) -> Tensor:
         assert totals.sketch is not None
@@ -394,6 +416,7 @@ class GradientEngine:
         )
         self._expected.clear()
         self._pending.clear()
+        self._reached = self._first is None
         try:
             yield self._batch
         finally:

@@ -167,6 +167,14 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="float32, or an adapter",
             do="--set navigator.dtype=float32 or --set navigator.parameters=lora",
         )
+    if recipe.collect.layers is not None and "emb_grad_norm" in needs.signals:
+        raise ConfigError(
+            f"{method.name} looks at the embedding's gradient, which upper layers do not give",
+            where="--layers",
+            got=recipe.collect.layers,
+            expected="every layer",
+            do="leave --layers out, or choose another method",
+        )
     check_warmup(recipe, method)
     taken = {source.label for source in recipe.anchors} & {"target"}
     if taken:
