@@ -89,6 +89,14 @@ Layers = Annotated[
         help="Measure the upper decoder layers only, a share or a count: cheaper, and less exact (gradsift doctor --layers).",
     ),
 ]
+TwoStage = Annotated[
+    str | None,
+    typer.Option(
+        "--screen",
+        metavar="25%|8",
+        help="Measure all rows by these upper layers, and exactly only those that may be chosen; what was lost is bounded.",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; --set and flags win over it.")
 ]
@@ -123,6 +131,7 @@ def command(
     loss_on: LossOn = None,
     dedup: Dedup = None,
     layers: Layers = None,
+    screen: TwoStage = None,
     recipe: RecipeFile = None,
     launcher: Launcher = "auto",
     workers: Workers = None,
@@ -147,6 +156,7 @@ def command(
         ("data.loss_on", loss_on),
         ("data.dedup", dedup),
         ("collect.layers", layers),
+        ("screen.layers", screen),
     ]
     from gradsift.launch.seat import find_seat
 

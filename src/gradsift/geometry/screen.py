@@ -47,9 +47,7 @@ class ScreenFit:
         return _design((cheap - self.center) / self.spread) @ self.coefficients
 
 
-def fit_screen(
-    cheap: Float[np.ndarray, "n p"], exact: Float[np.ndarray, "n q"], *, ridge: float = 1e-3
-) -> ScreenFit:
+def fit_screen(cheap: Float[np.ndarray, "n p"], exact: Float[np.ndarray, "n q"], *, ridge: float = 1e-3) -> ScreenFit:
     """Fit exact signals to cheap ones on rows that have both, by least squares on standardized columns.
 
     Args:
@@ -103,9 +101,7 @@ class Possible:
     unseen: float
 
 
-def possible_rows(
-    choose: Callable[[int], Set[Hashable]], *, miss: float, least: int = 20, most: int = 200
-) -> Possible:
+def possible_rows(choose: Callable[[int], Set[Hashable]], *, miss: float, least: int = 20, most: int = 200) -> Possible:
     """Collect what is chosen in plausible worlds until a further world would bring little that is new.
 
     The share of the next world's choice that none has chosen before is estimated by Good and Turing (Good 1953): rows

@@ -121,7 +121,23 @@ def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
     return tuple(row for row in prepared.pool.usable if row.id not in copies)
 
 
-def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -> Measurement:
+@dataclass(frozen=True)
+class Part:
+    """Which rows a pass measures, and where it keeps them.
+
+    Args:
+        signals: folder of the store in the run folder; a checkpoint's goes before it.
+        ids: the rows; None for all.
+    """
+
+    signals: str = "signals"
+    ids: frozenset[str] | None = None
+
+
+WHOLE = Part()
+
+
+def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *, part: Part = WHOLE) -> Measurement:
     """Measure every usable pool row, resuming what an earlier run committed.
 
     Args:
@@ -129,6 +145,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
         out: the run folder.
         clock: timing and progress.
         at: the checkpoint of a warm-up, and what is kept of every row there; None for the navigator as it is.
+        part: which rows, and where they are kept.
 
     Returns:
         The signals and what is known of the directions.
@@ -143,7 +160,8 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
         notes += navigator.notes
         _check_fit(prepared, navigator)
     # A worker goes on when rank 0 has made the adapter, the anchors' rows and the directions, and reads them back.
-    prepared.launch.wait_open("signals" if at is None else at.signals, lambda n, tokens: clock.tick("wait", n, tokens))
+    signals = part.signals if at is None else at.signals
+    prepared.launch.wait_open(signals, lambda n, tokens: clock.tick("wait", n, tokens))
     rows = measured_rows(prepared)
     model: Any = navigator.model
     if at is not None and at.checkpoint is not None:
@@ -169,10 +187,11 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
     prepared, rows = told_apart(prepared, extras, rows)
+    rows = rows if part.ids is None else tuple(row for row in rows if row.id in part.ids)
     more = (*(["embedding"] if embeds else []), *extras.names)
     spec = _spec(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
     spec = spec if at is None else spec_at(spec, at)
-    folder = store_folder(out / ("signals" if at is None else at.signals), spec)
+    folder = store_folder(out / signals, spec)
     built = _directions(prepared, model, engine, folder, clock, embeds) if gradients else []
     attach(engine, built)
     if at is not None:
