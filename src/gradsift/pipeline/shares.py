@@ -11,11 +11,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -277,7 +276,7 @@ def _engines(
                 pad_id=prepared.pad_id,
                 first_layer=first,
                 tick=lambda n, tokens: clock.tick("anchors", n, tokens),
-            )  # fmt: skip
+            )
             for source in prepared.directions
         ]
 
