@@ -29,6 +29,7 @@ from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
+from gradsift.gradients.taps import find_layers
 
 EDGE_NORMS = ("emb_grad_norm", "head_grad_norm")
 
@@ -72,6 +73,8 @@ class GradientEngine:
         edges: also measure the gradient norms of the embedding table and the LM head where they are not among ``names``;
             False leaves those NaN, and the backward ends at the lowest of ``names``.
         road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
+        first_layer: the backward stops where this decoder layer (from 0) begins: whatever is computed before it is a
+            constant, and ``names`` are those of :func:`gradsift.gradients.upper.choose_upper`. None stops at the embedding.
 
     Raises:
         ModelError: the model has no LM head that can be hooked.
@@ -89,6 +92,7 @@ class GradientEngine:
         norms: bool = True,
         edges: bool = True,
         road: roads.Road = "auto",
+        first_layer: int | None = None,
     ) -> None:
         self.norms = norms
         self.edges = edges and norms
@@ -125,6 +129,9 @@ class GradientEngine:
         self._head_block = self._weight_block(self._head)
         self._embedding_block = self._weight_block(self._embedding)
         self._takes_positions = _accepts_positions(model)
+        self.first_layer = first_layer
+        self._first = None if first_layer is None else find_layers(model)[first_layer]
+        self._reached = first_layer is None
         self._batch: _Batch | None = None
         self._expected: dict[str, int] = {}
         self._pending: dict[str, list[Contribution]] = {}
@@ -143,10 +150,9 @@ class GradientEngine:
     @property
     def edge_norms(self) -> tuple[str, ...]:
         """Which of :data:`EDGE_NORMS` a pass measures."""
-        blocks = (self._embedding_block, self._head_block)
-        return tuple(
-            name for name, block in zip(EDGE_NORMS, blocks) if self.edges or (self.norms and block is not None)
-        )
+        emb, head = (self.edges or (self.norms and b is not None) for b in (self._embedding_block, self._head_block))
+        # From a later layer on the backward never gets to the embedding, whose table may still be measured as the head.
+        return tuple(name for name, on in zip(EDGE_NORMS, (emb and self._first is None, head)) if on)
 
     @property
     def device(self) -> torch.device:
@@ -211,6 +217,8 @@ class GradientEngine:
         hooked = set(self._uses) | {self._embedding, self._head}
         for module in hooked:
             self._handles.append(module.register_forward_hook(self._after_forward))
+        if self._first is not None:
+            self._handles.append(self._first.register_forward_pre_hook(self._begin))
         # First of the head's pre-hooks, so that other hooks see the gathered input as well.
         self._handles.append(self._head.register_forward_pre_hook(self._gather, prepend=True))
         return self
@@ -220,6 +228,9 @@ class GradientEngine:
             handle.remove()
         self._handles.clear()
 
+    def _begin(self, *_: object) -> None:
+        self._reached = True
+
     def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._batch is not None
         hidden = inputs[0]
@@ -228,11 +239,11 @@ class GradientEngine:
         return (hidden.reshape(-1, hidden.shape[-1])[self._batch.positions][None], *inputs[1:])
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self._reached:
             return
         if module not in self._uses and not self.edges:
             return
-        if not output.requires_grad:  # the lowest of those measured: the backward goes no further down
+        if not output.requires_grad:  # nothing before the lowest of those measured is in the graph
             output.requires_grad_(True)
         for use in self._uses.get(module, ()):
             self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
@@ -292,7 +303,7 @@ class GradientEngine:
             squares = block.measure(waiting, self._batch.totals)
             if block is self._head_block:
                 self._batch.head_square = squares.linear
-            if block is self._embedding_block:
+            if block is self._embedding_block and self._first is None:
                 self._batch.emb_square = squares.looked_up
             del self._pending[block.name]
 
@@ -399,6 +410,7 @@ class GradientEngine:
         )
         self._expected.clear()
         self._pending.clear()
+        self._reached = self._first is None
         try:
             yield self._batch
         finally:
