@@ -106,7 +106,24 @@ class Dense:
     g: Float[Tensor, "B n"]
 
 
-Contribution = Outer | Scatter | Dense
+@dataclass(frozen=True)
+class Routed:
+    """Outer products that each belong to the rows of one expert.
+
+    Args:
+        x: [S, cols] inputs.
+        g: [S, rows of one expert] gradients of the output.
+        expert: int64 [S] which expert.
+        example: int64 [S] which example.
+    """
+
+    x: Float[Tensor, "S cols"]
+    g: Float[Tensor, "S r"]
+    expert: Int[Tensor, " S"]
+    example: Int[Tensor, " S"]
+
+
+Contribution = Outer | Scatter | Dense | Routed
 
 
 @dataclass
@@ -162,6 +179,10 @@ class Block:
         Returns:
             Squared norms of the linear and of the looked-up part, apart.
         """
+        if isinstance(parts[0], Routed):
+            from gradsift.gradients.experts import measure_routed  # it builds on this module
+
+            return measure_routed(self, [p for p in parts if isinstance(p, Routed)], totals)
         if self.road != "tiles":
             from gradsift.gradients import on_cuda  # it builds on this module
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from gradsift.errors import ModelError
 from gradsift.gradients import fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
-from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Scatter, Totals, make_block
+from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
 from gradsift.gradients.edges import embedding_squares, head_squares
 from gradsift.gradients.embed import pool_positions
+from gradsift.gradients.experts import bias_sums, is_experts, tapped
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
 from gradsift.gradients.prefold import refuse_without_norms
@@ -46,6 +48,7 @@ class _Use:
 class _Batch:
     """State of the micro-batch in flight."""
 
+    width: int
     lengths: tuple[int, ...]
     head_lengths: tuple[int, ...]
     head_starts: tuple[int, ...]
@@ -129,6 +132,7 @@ class GradientEngine:
         self._head_block = self._weight_block(self._head)
         self._embedding_block = self._weight_block(self._embedding)
         self._takes_positions = _accepts_positions(model)
+        self._checked: set[nn.Module] = set()  # routers
         self.first_layer = first_layer
         self._first = None if first_layer is None else find_layers(model)[first_layer]
         self._reached = first_layer is None
@@ -136,6 +140,7 @@ class GradientEngine:
         self._expected: dict[str, int] = {}
         self._pending: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
+        self._tapped = ExitStack()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,7 +221,10 @@ class GradientEngine:
     def __enter__(self) -> GradientEngine:
         hooked = set(self._uses) | {self._embedding, self._head}
         for module in hooked:
-            self._handles.append(module.register_forward_hook(self._after_forward))
+            if is_experts(module):
+                self._tapped.enter_context(tapped(module, partial(self._after_product, module)))
+            else:
+                self._handles.append(module.register_forward_hook(self._after_forward))
         if self._first is not None:
             self._handles.append(self._first.register_forward_pre_hook(self._begin))
         # First of the head's pre-hooks, so that other hooks see the gathered input as well.
@@ -227,6 +235,7 @@ class GradientEngine:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._tapped.close()
 
     def _begin(self, *_: object) -> None:
         self._reached = True
@@ -238,9 +247,15 @@ class GradientEngine:
             self._batch.embedding = pool_positions(hidden.detach().to(self.dtype), self._batch.lengths)
         return (hidden.reshape(-1, hidden.shape[-1])[self._batch.positions][None], *inputs[1:])
 
-    def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _after_forward(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         if not torch.is_grad_enabled() or not self._reached:
             return
+        if isinstance(
+            output, tuple
+        ):  # a router's logits come first, and are checked to be what its rule takes them for
+            output = self._logits_of(module, inputs[0], output[0])
         if module not in self._uses and not self.edges:
             return
         if not output.requires_grad:  # nothing before the lowest of those measured is in the graph
@@ -250,6 +265,48 @@ class GradientEngine:
         x = inputs[0].detach()
         output.register_hook(lambda g: self._after_backward(module, x, g))
 
+    def _logits_of(self, module: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
+        if module not in self._checked:
+            weight, bias = (None if p is None else p.detach() for p in (module.weight, getattr(module, "bias", None)))
+            with torch.no_grad():
+                want = nn.functional.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias)
+            if logits.shape != want.shape or not torch.allclose(
+                logits.detach().to(want.dtype), want, atol=1e-2, rtol=1e-2
+            ):
+                raise ModelError(
+                    "a router does not return the logits of its experts first, so its gradient cannot be measured",
+                    where=type(module).__name__,
+                    do="leave its weight out of navigator.parameters",
+                )
+            self._checked.add(module)
+        return logits
+
+    def _after_product(
+        self, module: nn.Module, local: str, x: Tensor, y: Tensor, token: Tensor, expert: Tensor
+    ) -> None:
+        """Wait for the output gradient of all experts' products with one fused parameter."""
+        uses = [use for use in self._uses[module] if use.local in (local, f"{local}_bias")]
+        if not uses or not torch.is_grad_enabled() or not self._reached:
+            return
+        if not y.requires_grad:
+            y.requires_grad_(True)
+        for use in uses:
+            self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
+        x = x.detach()
+
+        def arrived(g: Tensor) -> None:
+            assert self._batch is not None
+            lengths = torch.tensor(self._batch.lengths, device=token.device)
+            example = token // self._batch.width
+            live = token % self._batch.width < lengths[example]
+            some = Routed(x[live].to(self.dtype), g.detach()[live].to(self.dtype), expert[live], example[live])
+            for use in uses:
+                bias = use.local != local
+                sums = bias_sums(some.g, some.expert, some.example, use.block.rows, len(lengths)) if bias else None
+                self._arrive(use.block, some if sums is None else Dense(sums))
+
+        y.register_hook(arrived)
+
     def _after_backward(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         assert self._batch is not None
         batch, head = self._batch, module is self._head
@@ -258,6 +315,8 @@ class GradientEngine:
         if self.road == "tiles" or not (fast_norm or roads.keeps_narrow(module)):
             g = g.to(self.dtype)
             x = x.to(self.dtype) if x.is_floating_point() else x
+        if x.ndim == 2 and x.is_floating_point() and x.shape[0] == len(batch.lengths) * batch.width:
+            x, g = x.unflatten(0, (-1, batch.width)), g.unflatten(0, (-1, batch.width))  # a layer of tokens in a row
         if head:
             seen = Seen(x[0], g[0], batch.head_lengths, batch.head_starts)
             if self._head_block is None and self.edges:
@@ -394,6 +453,7 @@ class GradientEngine:
         starts = torch.cumsum(counts, 0) - counts
         dim = None if self.projector is None else self.projector.dim
         self._batch = _Batch(
+            width,
             tuple(lengths.tolist()),
             tuple(counts.tolist()),
             tuple(starts.tolist()),
