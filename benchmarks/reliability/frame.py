@@ -48,6 +48,7 @@ class Trial:
         settings: sizes and the like that were fixed before the result was run.
         limit: seconds after which a full run is ended; a planted defect has the same.
         slow: its quick size takes more than about 2 s, so that the suite marks it slow.
+        slow_defects: planted defects whose quick size takes more than that.
         full_defects: run the planted defects at full size too; else at quick size.
     """
 
@@ -60,6 +61,7 @@ class Trial:
     settings: Mapping[str, Any] = field(default_factory=dict)
     limit: float = 1800.0
     slow: bool = False
+    slow_defects: tuple[str, ...] = ()
     full_defects: bool = False
 
     def __post_init__(self) -> None:

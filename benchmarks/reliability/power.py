@@ -62,7 +62,7 @@ class Trace:
             yield
 
     def _open(self, real: Callable) -> Callable:
-        def call(path, flags, *more, **options):  # noqa: ANN001, ANN002, ANN003, ANN202
+        def call(path, flags, *more, **options):
             handle = real(path, flags, *more, **options)
             name = self._inside(path)
             if name is not None and Path(name).name != LOCK:
@@ -76,7 +76,7 @@ class Trace:
         return call
 
     def _write(self, real: Callable) -> Callable:
-        def call(handle, data):  # noqa: ANN001, ANN202
+        def call(handle, data):
             count = real(handle, data)
             if handle in self._handles:
                 self.ops.append(Op("write", self._handles[handle][1], data=bytes(data)[:count]))
@@ -85,7 +85,7 @@ class Trace:
         return call
 
     def _fsync(self, real: Callable) -> Callable:
-        def call(handle):  # noqa: ANN001, ANN202
+        def call(handle):
             real(handle)
             if handle in self._handles:
                 name, inode = self._handles[handle]
@@ -94,7 +94,7 @@ class Trace:
         return call
 
     def _replace(self, real: Callable) -> Callable:
-        def call(source, target):  # noqa: ANN001, ANN202
+        def call(source, target):
             real(source, target)
             old, new = self._inside(source), self._inside(target)
             assert old is not None
@@ -105,7 +105,7 @@ class Trace:
         return call
 
     def _link(self, real: Callable) -> Callable:
-        def call(source, target):  # noqa: ANN001, ANN202
+        def call(source, target):
             real(source, target)
             old, new = self._inside(source), self._inside(target)
             assert old is not None
@@ -116,7 +116,7 @@ class Trace:
         return call
 
     def _unlink(self, real: Callable) -> Callable:
-        def call(path, *more, **options):  # noqa: ANN001, ANN002, ANN003, ANN202
+        def call(path, *more, **options):
             real(path, *more, **options)
             name = self._inside(path)
             if name is not None:
@@ -125,7 +125,7 @@ class Trace:
         return call
 
     def _mkdir(self, real: Callable) -> Callable:
-        def call(path, *more, **options):  # noqa: ANN001, ANN002, ANN003, ANN202
+        def call(path, *more, **options):
             real(path, *more, **options)
             name = self._inside(path)
             if name:

@@ -20,7 +20,7 @@ WAYS = {"before the call": False, "half of a write": True}
 
 def run(full: bool, defect: str) -> dict[str, Any]:
     """Sweep the kill over all calls of a run, once before the call and once with half of a write done."""
-    rows, per_shard = (30, 6) if full else (6, 3)
+    rows, per_shard = (30, 6) if full else (3, 3)
     change = record_first() if defect == RECORD_FIRST else nullcontext()
     if defect == EARLY_ACK:
         change = patch.object(store_crasher, "fill", acknowledging_early)
@@ -38,10 +38,10 @@ def run(full: bool, defect: str) -> dict[str, Any]:
     return figures
 
 
-def acknowledging_early(folder, ids, rows_per_shard, *, measured, committed, **options):  # noqa: ANN001, ANN003, ANN201
+def acknowledging_early(folder, ids, rows_per_shard, *, measured, committed, **options):
     """Planted: rows count as committed once they are measured."""
 
-    def both(result) -> None:  # noqa: ANN001
+    def both(result) -> None:
         measured(result)
         committed(result)
 

@@ -104,7 +104,7 @@ def judge_disk(store: Path, ops: list[Op], finish: bool) -> str:
 
 def run(full: bool, defect: str) -> dict[str, Any]:
     """Explore; with a planted defect until it is seen, at most as many states as a full run has."""
-    num_states = 2000 if full or defect else 150
+    num_states = 2000 if full or defect else 100
     figures: dict[str, Any] = {"states": 0, "asked": num_states, "violations": 0, "resumed": 0, "first": ""}
     with memory_folder() as room:
         run_folder = room / "run"
@@ -112,7 +112,9 @@ def run(full: bool, defect: str) -> dict[str, Any]:
         with planted(defect):
             ops = record(run_folder)
         figures["calls"] = sum(op.kind != "note" for op in ops)
+        # every moment, and again those right after a rename, where most has been promised and least is safe
         points = list(range(len(ops) + 1))
+        renames = [at + 1 for at, op in enumerate(ops) if op.kind == "rename"]
 
         @seed(3)
         @settings(
@@ -123,7 +125,7 @@ def run(full: bool, defect: str) -> dict[str, Any]:
         def explore(data: st.DataObject) -> None:
             if figures["states"] >= num_states:
                 return
-            at = data.draw(st.sampled_from(points))
+            at = data.draw(st.sampled_from(points) | st.sampled_from(renames))
             place = room / "after"
             place.mkdir()
             try:
@@ -165,4 +167,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 TRIAL = Trial(
     "R3", "power loss: what was fsynced, and any subset of the rest", "2,000 states, 0 violations, 5/5 mutants seen",
     run, judge, (NO_FSYNC_FILE, NO_FSYNC_FOLDER, NO_FLUSH, RENAME_FIRST, RECORD_FIRST), {"states": 2000, "rows": len(IDS)},
+    slow_defects=(RENAME_FIRST, NO_FLUSH),
 )  # fmt: skip

@@ -22,7 +22,7 @@ def cases(slow: bool) -> list:
         pytest.param(name, defect, id=f"{name}-{defect or 'sound'}")
         for name, trial in TRIALS.items()
         for defect in (SOUND, *trial.defects)
-        if trial.slow == slow
+        if (trial.slow or defect in trial.slow_defects) == slow
     ]
 
 
