@@ -49,6 +49,7 @@ class Trial:
         limit: seconds after which a full run is ended; a planted defect has the same.
         slow: its quick size takes more than about 2 s, so that the suite marks it slow.
         slow_defects: planted defects whose quick size takes more than that.
+        barred: why this machine cannot run it, empty where it can.
         full_defects: run the planted defects at full size too; else at quick size.
     """
 
@@ -63,6 +64,7 @@ class Trial:
     slow: bool = False
     slow_defects: tuple[str, ...] = ()
     full_defects: bool = False
+    barred: Callable[[], str] = str
 
     def __post_init__(self) -> None:
         if not self.defects:
@@ -131,6 +133,9 @@ def run_child(name: str, full: bool, defect: str, limit: float) -> dict[str, Any
     Returns:
         ``figures``, ``seconds``, ``cpu_seconds``; where the process failed, ``error`` instead of figures.
     """
+    barred = load(name).barred()
+    if barred:
+        return {"error": f"not run: {barred}", "seconds": 0.0, "cpu_seconds": None}
     begun = time.perf_counter()
     size = "full" if full else "quick"
     with tempfile.TemporaryDirectory(prefix="gradsift-trial-") as room:

@@ -28,6 +28,8 @@ def cases(slow: bool) -> list:
 
 def check(name: str, defect: str) -> None:
     trial = TRIALS[name]
+    if trial.barred():
+        pytest.skip(trial.barred())
     found = frame.run_child(name, False, defect, 110)
     assert "figures" in found, found["error"]
     outcome = trial.judge(found["figures"])
@@ -144,5 +146,6 @@ def test_the_command_runs_what_is_not_there_and_shows_the_table(monkeypatch, tmp
 
 
 def test_a_process_that_fails_or_hangs_is_an_error_and_no_figure(monkeypatch):
-    assert "R99" in frame.run_child("R99", False, SOUND, 60)["error"]
+    with pytest.raises(ValueError, match="R99"):
+        frame.run_child("R99", False, SOUND, 60)
     assert "no end within" in frame.run_child("R6", False, SOUND, 0.01)["error"]

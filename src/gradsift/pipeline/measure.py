@@ -54,6 +54,7 @@ from gradsift.pipeline.warm import (
     train_navigator,
 )
 from gradsift.seeds import stream
+from gradsift.store.room import refuse_if_it_does_not_fit
 from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore, open_store
 from gradsift.store.spec import GradientSpec, Projection, kept_specs, store_folder
@@ -383,6 +384,9 @@ def _collect(
         todo = sum(row.num_tokens for row in rows if row.id not in done)
         if done:
             clock.progress.say(f"resuming: {len(done)} of {len(rows)} rows were measured before")
+        if recipe.collect.check_disk:
+            left = [row.id for row in rows if row.id not in done]
+            refuse_if_it_does_not_fit(folder, spec, left, recipe.collect.rows_per_shard, widths=_widths(run, spec))
         with clock.stage("collect", todo):
 
             def after() -> None:
@@ -401,6 +405,13 @@ def _adopt_left(bench: Bench, writer: SignalWriter, clock: Clock) -> None:
         clock.progress.say(f"adopted {left.num_rows} rows that workers of an earlier run had measured")
     for unit, why in left.refused.items():
         clock.progress.say(f"refused the staged shard {unit}: {why}; its rows are measured again")
+
+
+def _widths(run: Pass, spec: GradientSpec) -> dict[str, int]:
+    """Lengths of the vectors beside the sketch."""
+    config = run.engine.model.config
+    size = int(getattr(config, "hidden_size", getattr(config, "n_embd", 1024)))
+    return {name: size for name in spec.signals if name == "embedding" or name.startswith("hidden_")}
 
 
 def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> set[str]:
