@@ -219,6 +219,6 @@ def _map_array(folder: Path, record: Record, name: str, dtype: str) -> tuple[np.
         array = np.load(folder / SHARDS / name, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise damage(folder, record, name, "no such file", "an array") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy parses the header as Python; a hostile one fails in whatever way it likes
         raise damage(folder, record, name, f"{type(error).__name__}: {error}", f"an array of {dtype}") from error
     return array, name
