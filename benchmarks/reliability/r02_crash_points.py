@@ -69,4 +69,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 TRIAL = Trial(
     "R2", "SIGKILL at the N-th write, fsync, rename, open, unlink, for every N of a run of 5 shards", "N/N crash points",
     run, judge, (RECORD_FIRST, EARLY_ACK), {"rows": 30, "rows_per_shard": 6},
+    slow_defects=(EARLY_ACK,),
 )  # fmt: skip

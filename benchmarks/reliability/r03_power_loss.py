@@ -104,7 +104,7 @@ def judge_disk(store: Path, ops: list[Op], finish: bool) -> str:
 
 def run(full: bool, defect: str) -> dict[str, Any]:
     """Explore; with a planted defect until it is seen, at most as many states as a full run has."""
-    num_states = 2000 if full or defect else 100
+    num_states = 2000 if full or defect else 60
     figures: dict[str, Any] = {"states": 0, "asked": num_states, "violations": 0, "resumed": 0, "first": ""}
     with memory_folder() as room:
         run_folder = room / "run"
@@ -167,5 +167,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 TRIAL = Trial(
     "R3", "power loss: what was fsynced, and any subset of the rest", "2,000 states, 0 violations, 5/5 mutants seen",
     run, judge, (NO_FSYNC_FILE, NO_FSYNC_FOLDER, NO_FLUSH, RENAME_FIRST, RECORD_FIRST), {"states": 2000, "rows": len(IDS)},
-    slow_defects=(RENAME_FIRST, NO_FLUSH),
+    slow_defects=(RENAME_FIRST, NO_FLUSH, NO_FSYNC_FILE),
 )  # fmt: skip

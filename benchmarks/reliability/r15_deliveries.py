@@ -153,7 +153,7 @@ def planted(defect: str) -> Iterator[None]:
 
 def run(full: bool, defect: str) -> dict[str, Any]:
     """Explore: at full size 500 sequences."""
-    sequences, steps = (500, 40) if full else (100, 20) if defect else (12, 15)
+    sequences, steps = (500, 40) if full else (100, 20) if defect else (6, 12)
     with planted(defect):
         return explore(Deliveries, sequences, steps, 15)
 

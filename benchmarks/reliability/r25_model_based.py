@@ -32,7 +32,7 @@ def planted(defect: str) -> Iterator[None]:
 
 def run(full: bool, defect: str) -> dict[str, Any]:
     """Explore: at full size 1,000 programs of 50 steps."""
-    sequences, steps = (1000, 50) if full else (100, 20) if defect else (12, 15)
+    sequences, steps = (1000, 50) if full else (100, 20) if defect else (6, 12)
     with planted(defect):
         return explore(StoreAgainstDict, sequences, steps, 25)
 

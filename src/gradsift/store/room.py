@@ -20,7 +20,7 @@ from gradsift.store.shards import ShardResult, encode_shard, make_record
 from gradsift.store.spec import GradientSpec
 from gradsift.types import RowStatus
 
-_SAMPLE = 4096  # rows of the made-up shard, at most
+_SAMPLE = 512  # rows of the made-up shard, at most
 
 
 def bytes_needed(
