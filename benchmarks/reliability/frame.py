@@ -49,6 +49,7 @@ class Trial:
         limit: seconds after which a full run is ended; a planted defect has the same.
         slow: its quick size takes more than about 2 s, so that the suite marks it slow.
         slow_defects: planted defects whose quick size takes more than that.
+        shares_process: it leaves its process as it found it, so that the suite need not start one for it.
         barred: why this machine cannot run it, empty where it can.
         full_defects: run the planted defects at full size too; else at quick size.
     """
@@ -60,10 +61,11 @@ class Trial:
     judge: Callable[[Mapping[str, Any]], Outcome]
     defects: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    limit: float = 1800.0
+    limit: float = 7200.0
     slow: bool = False
     slow_defects: tuple[str, ...] = ()
     full_defects: bool = False
+    shares_process: bool = False
     barred: Callable[[], str] = str
 
     def __post_init__(self) -> None:

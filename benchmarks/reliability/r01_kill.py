@@ -254,5 +254,5 @@ TRIAL = Trial(
     "R1", "two workers, kill -9 at random, resumed to the end", "58/58; 0/0/0 lost, doubled, changed; <= workers x shard again",
     run, judge, (EARLY_ACK, NO_CLAIMS),
     {"stub": {"rows": 20_000, "rows_per_shard": 8, "kills": 50}, "torch": {"rows": 300, "rows_per_shard": 5, "kills": 8}},
-    limit=3000, slow=True,
+    slow=True,
 )  # fmt: skip

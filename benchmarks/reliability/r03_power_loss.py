@@ -167,5 +167,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 TRIAL = Trial(
     "R3", "power loss: what was fsynced, and any subset of the rest", "2,000 states, 0 violations, 5/5 mutants seen",
     run, judge, (NO_FSYNC_FILE, NO_FSYNC_FOLDER, NO_FLUSH, RENAME_FIRST, RECORD_FIRST), {"states": 2000, "rows": len(IDS)},
-    slow_defects=(RENAME_FIRST, NO_FLUSH, NO_FSYNC_FILE),
+    slow_defects=(RENAME_FIRST, NO_FLUSH, NO_FSYNC_FILE), shares_process=True,
 )  # fmt: skip

@@ -149,5 +149,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 TRIAL = Trial(
     "R4", "a real disk of 8 MiB filled at 20 levels, enlarged, resumed", "20/20; estimate within 5%", run, judge,
     (SHORT, UNTYPED), {"rows": 400, "rows_per_shard": PER_SHARD, "sketch_dim": DIM},
-    barred=barred,
+    barred=barred, shares_process=True,
 )  # fmt: skip

@@ -188,5 +188,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R5", "EIO and ENOSPC at the n-th open, write, fsync, rename, read", "100% typed, 0 silent", run, judge,
-    (RETRIED, SILENT), {"rows": 25, "rows_per_shard": 5},
+    (RETRIED, SILENT), {"rows": 25, "rows_per_shard": 5}, shares_process=True,
 )  # fmt: skip

@@ -136,5 +136,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R6", "one bit flipped at a random place of shards, records, description", "300/300 found; redo <= touched shards",
-    run, judge, (UNCHECKED,), {"flips": 300, "repairs": 60, "rows": 60, "rows_per_shard": 8},
+    run, judge, (UNCHECKED,), {"flips": 300, "repairs": 60, "rows": 60, "rows_per_shard": 8}, shares_process=True,
 )  # fmt: skip

@@ -167,5 +167,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R7", "files truncated, empty, missing, swapped, renamed, extra", "24/24 cases classified", run, judge, (SIZE_ONLY,),
-    {"kinds": list(KINDS), "files": list(FILES)},
+    {"kinds": list(KINDS), "files": list(FILES)}, shares_process=True,
 )  # fmt: skip

@@ -114,5 +114,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R9", "ids that were never committed; reading during writing", "0 zero rows returned", run, judge, (ZEROS,),
-    {"absent": 200, "rows_written": 4000},
+    {"absent": 200, "rows_written": 4000}, shares_process=True,
 )  # fmt: skip

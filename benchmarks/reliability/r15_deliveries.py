@@ -173,5 +173,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R15", "deliveries repeated, late, dropped, out of order, with crashes between", "500 sequences, 0 violations", run,
-    judge, (TWICE, ANY_CONTENT), {"sequences": 500, "steps": 40},
+    judge, (TWICE, ANY_CONTENT), {"sequences": 500, "steps": 40}, shares_process=True,
 )  # fmt: skip

@@ -151,5 +151,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R16", "20 writers at once; locks of killed, stale and reused holders", "20/20; told in 2 s; recovered", run, judge,
-    (NO_EXCLUSION, NOTE_ONLY), {"races": 5, "writers": 20},
+    (NO_EXCLUSION, NOTE_ONLY), {"races": 5, "writers": 20}, shares_process=True,
 )  # fmt: skip

@@ -151,5 +151,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R24", "stores of every format, of the future, in a read-only folder", "old opens, future refused, read-only reads",
-    run, judge, (BLIND,),
+    run, judge, (BLIND,), shares_process=True,
 )  # fmt: skip

@@ -52,5 +52,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R25", "random programs on the store's public interface against a dictionary", "1,000 x 50 steps, equal after each",
-    run, judge, (CHANGED, FORGETS), {"programs": 1000, "steps": 50}, limit=3000,
+    run, judge, (CHANGED, FORGETS), {"programs": 1000, "steps": 50}, shares_process=True,
 )  # fmt: skip
