@@ -157,7 +157,8 @@ def run(full: bool, defect: str) -> dict[str, Any]:
             "rows": rows, "per_shard": per_shard, "kills": kills, "seconds": wall, "rows_per_second": rows / wall,
             "lost": lost, "wrong_of_checked": wrong_rows(store, rows, per_shard), "verify": verified,
             "rows_again": sum("done" in line for line in found) * per_shard - rows if rows % per_shard == 0 else None,
-            "resume": {"opened": found[-1]["opened"], "planned": found[-1]["planned"], "rows": found[-1]["start"]},
+            "resume": {name: found[-1][name] for name in ("opened", "planned", "planned_cpu", "start")},
+            "load": os.getloadavg()[0], "cores": os.cpu_count(),
             "memory": memory(found), "times": times,
             "fsync_share": times["fsync"] / (times["measure"] + times["commit"]),
             "bytes_over": sum(f.st_size for f in files) / raw - 1,
@@ -173,7 +174,10 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
     f, m, r, v = figures, figures["memory"], figures["resume"], figures["verify"]
     whole = v["ok"] and v["rows"] == f["rows"] and f["lost"] == 0 and f["wrong_of_checked"] == 0
     peak = max(m["peak_mb"], v["peak_mb"])
-    begin, allowed = r["planned"], max(1.0, 2 * m["standard_error"])  # the error decides only in small
+    # On a machine whose cores others use the clock tells of them; what is asked is then asked of the processor's time.
+    busy = f["load"] > f["cores"]
+    begin = r["planned_cpu"] if busy else r["planned"]
+    allowed = max(1.0, 2 * m["standard_error"])  # the error decides only in small
     return Outcome(
         "R27",
         (

@@ -97,7 +97,7 @@ def collect(folder: Path, rows: int, per_shard: int, defect: str = "") -> None:
     times: dict[str, float] = {}
     sync = os.fsync
     os.fsync = timed(times, "fsync", (lambda handle: None) if defect == UNSYNCED else sync)
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     kept: list[Any] = []
 
     def tell(**values: Any) -> None:
@@ -109,7 +109,8 @@ def collect(folder: Path, rows: int, per_shard: int, defect: str = "") -> None:
         opened = time.perf_counter() - begun
         left = missing(writer, rows, per_shard)
         done = len(writer.committed_ids())
-        tell(start=done, opened=round(opened, 3), planned=round(time.perf_counter() - begun, 3))
+        planned, planned_cpu = time.perf_counter() - begun, time.process_time() - cpu
+        tell(start=done, opened=round(opened, 3), planned=round(planned, 3), planned_cpu=round(planned_cpu, 3))
         measured, commit = timed(times, "measure", measure), timed(times, "commit", writer.commit)
         for number, start in enumerate(left):
             result = measured(start, min(per_shard, rows - start))
