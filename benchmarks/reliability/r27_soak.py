@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -193,7 +194,9 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
                 "memory at most", f"{m['peak_mb']:.0f} MB (verify {v['peak_mb']:.0f} MB)", "< 1.5 GiB", peak < 1536,
             ),
             Check(
-                "resuming starts after", f"{begin:.1f} s at {r['rows']:,} rows (store open after {r['opened']:.1f} s)",
+                "resuming starts after",
+                f"{begin:.1f} s{' of processor time' if busy else ''} at {r['start']:,} rows ({r['planned']:.1f} s by the clock, "
+                f"the store open after {r['opened']:.1f} s; load {f['load']:.0f} on {f['cores']} cores)",
                 "<= 5 s", begin <= 5,
             ),
             Check(
