@@ -107,7 +107,7 @@ class Gradsift(Arm):
         self, model: nn.Module, key: str, label: str, returns: str, names: list[str], *, dots: bool, norms: bool = True
     ) -> None:
         super().__init__(key, label, returns)
-        self.engine = GradientEngine(model, names, projector=Projector(0, SKETCH), norms=norms)
+        self.engine = GradientEngine(model, names, projector=Projector(0, SKETCH), norms=norms, edges=False)
         if self.engine.uncovered:
             raise AssertionError(f"gradsift does not cover {self.engine.uncovered}")
         if dots:

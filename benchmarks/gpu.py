@@ -157,7 +157,7 @@ def make_arms(model: nn.Module) -> list[Arm]:
             if road == "torch" and scope != "body":
                 continue
             projector = Projector(0, SKETCH) if sketch else None
-            engine = GradientEngine(share(model), names, projector=projector, norms=exact, road=road)
+            engine = GradientEngine(share(model), names, projector=projector, norms=exact, edges=False, road=road)
             if exact:
                 drawn = drawn or draw_directions(engine)
                 engine.num_directions = M
@@ -283,7 +283,7 @@ def agreement(model: nn.Module, batch: Batch) -> dict[str, float]:
     names, got = body_weights(model), []
     some = [t[:2] for t in (batch.input_ids, batch.labels, batch.lengths)]
     for road in ("auto", "torch", "torch"):
-        engine = GradientEngine(share(model), names, projector=Projector(0, SKETCH), road=road)
+        engine = GradientEngine(share(model), names, projector=Projector(0, SKETCH), edges=False, road=road)
         drawn = draw_directions(engine)
         engine.num_directions = M
         for name, block in engine.blocks.items():

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -112,6 +114,12 @@ def toy_qwen2(seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen2ForCaus
     return _finish(Qwen2ForCausalLM(config), seed, dtype)
 
 
+def toy_qwen3(seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    """A norm on every head of q and k."""
+    config = Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8)
+    return _finish(Qwen3ForCausalLM(config), seed, dtype)
+
+
 def toy_gemma(seed: int = 0, dtype: torch.dtype = torch.float32) -> GemmaForCausalLM:
     """Scaled embedding, (1 + w) RMSNorm, tied head, one key-value head."""
     config = GemmaConfig(**COMMON, num_key_value_heads=1, head_dim=8)
@@ -135,6 +143,7 @@ TOYS = {
     "llama": toy_llama,
     "gpt2": toy_gpt2,
     "qwen2": toy_qwen2,
+    "qwen3": toy_qwen3,
     "gemma": toy_gemma,
     "lora": toy_lora,
 }

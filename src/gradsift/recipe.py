@@ -17,6 +17,7 @@ from gradsift.errors import ConfigError
 from gradsift.types import Budget, LossOn
 
 MAX_RECIPE_BYTES = 1 << 20
+UPPER = r"^([0-9]+(\.[0-9]+)?%|[1-9][0-9]*)$"
 Format = Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt"]
 
 
@@ -98,6 +99,7 @@ class CollectConfig(Strict):
 
     Args:
         sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
+        layers: measure the upper decoder layers only, a share (25%, rounded up) or a count (8); None measures all.
         tokens_per_batch: longest row times rows of a micro-batch never exceed this.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
@@ -106,6 +108,7 @@ class CollectConfig(Strict):
     """
 
     sketch_dim: int = Field(default=4093, ge=2)
+    layers: str | None = Field(default=None, pattern=UPPER)
     tokens_per_batch: int = Field(default=1024, ge=1)
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"
@@ -190,6 +193,24 @@ class WarmupConfig(Strict):
     rise: float = Field(default=0.03, ge=0.0, lt=1.0)
 
 
+class ScreenConfig(Strict):
+    """A cheap pass over all rows before an exact one over those that may be chosen.
+
+    Args:
+        layers: upper decoder layers of the cheap pass, a share (25%) or a count (8); None measures every row exactly.
+        calibrate: rows drawn at random and measured both ways, from which the screen's error is known.
+        certify: rows drawn at random among those left out and measured exactly, which bound what was lost.
+        miss: estimated share of the choice that may be left out.
+        confidence: of that bound.
+    """
+
+    layers: str | None = Field(default=None, pattern=UPPER)
+    calibrate: int = Field(default=100, ge=20)
+    certify: int = Field(default=200, ge=1)
+    miss: float = Field(default=0.02, gt=0.0, lt=1.0)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+
+
 class MethodConfig(Strict):
     """The rule that chooses.
 
@@ -213,6 +234,7 @@ class Recipe(Strict):
         data: reading and masking.
         navigator: the measuring model.
         collect: the pass.
+        screen: a cheap pass before it.
         probe: short trainings, for methods that need them.
         rollout: trainings on schedules, for methods that need them.
         warmup: training before measuring, for methods that need it.
@@ -231,6 +253,7 @@ class Recipe(Strict):
     data: DataConfig = DataConfig()
     navigator: NavigatorConfig = NavigatorConfig()
     collect: CollectConfig = CollectConfig()
+    screen: ScreenConfig = ScreenConfig()
     probe: ProbeConfig = ProbeConfig()
     rollout: RolloutConfig = RolloutConfig()
     warmup: WarmupConfig = WarmupConfig()

@@ -31,6 +31,7 @@ class RowStatus(StrEnum):
     ZERO_GRAD = "ZERO_GRAD"
     OOM_AT_1 = "OOM_AT_1"
     WORKER_CRASH = "WORKER_CRASH"
+    SCREENED_OUT = "SCREENED_OUT"
 
     @property
     def usable(self) -> bool:

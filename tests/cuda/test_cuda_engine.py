@@ -54,10 +54,9 @@ def test_compiled_squares_and_dots_equal_float64(rows, cols, dtype, count, flat)
     x, g, spans = factors(rows, cols, dtype, flat=flat)
     generator = torch.Generator("cuda").manual_seed(1)
     matrices = torch.randn(count, rows, cols, device="cuda", generator=generator)
-    signs = tuple(torch.randn(n, device="cuda", generator=generator).sign() for n in (rows, cols))
-    stored = (matrices * signs[0][:, None] * signs[1]).flatten(1) if count else None
-    square, dots = fused.squares_and_dots(x, g, spans, stored, signs)
-    again = fused.squares_and_dots(x, g, spans, stored, signs)
+    stored = matrices.flatten(1) if count else None
+    square, dots = fused.squares_and_dots(x, g, spans, stored)
+    again = fused.squares_and_dots(x, g, spans, stored)
     assert torch.equal(square, again[0])
     assert torch.equal(dots, again[1])
     whole = gradients(x, g, spans)
@@ -113,7 +112,7 @@ def test_a_tied_table_in_bfloat16_equals_float64(road, flat):
     block = make_block("w", rows, cols, projector, dtype=torch.float32, device=torch.device("cuda"))
     block.road = road
     matrices = torch.randn(3, rows, cols, device="cuda", generator=generator)
-    block.directions = (matrices * block.row_sign[:, None] * block.col_sign).flatten(1)
+    block.directions = matrices.flatten(1)
     zeros = torch.zeros(len(LENGTHS), dtype=torch.float64, device="cuda")
     totals = Totals(zeros[:, None].repeat(1, 3), zeros.clone(), torch.zeros(len(LENGTHS), 1021, device="cuda"))
     squares = block.measure([outer, scatter], totals)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +24,11 @@ from gradsift.cli.select import (
     labelled,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gradsift.pipeline.shares import Ratio
+
 
 def command(
     pool: Pool = None,
@@ -29,9 +39,18 @@ def command(
     format_: FormatName = None,
     loss_on: LossOn = None,
     recipe: RecipeFile = None,
-    rows: Annotated[int, typer.Option("--rows", help="Rows to differentiate one by one with the oracle.")] = 4,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", help="Rows to differentiate with the oracle [4], or to rank with --layers [64]."),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Measure instead what upper layers cost and how well they rank.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="With --layers: write the figures to a file.")
+    ] = None,
 ) -> None:
-    """Try the navigator on real rows: masks, begin tokens, vocabulary, coverage, exactness, batching."""
+    """Try the navigator on real rows: masks, begin tokens, vocabulary, coverage, exactness, batching; or --layers."""
     from rich.console import Console
 
     from gradsift.cli.app import safe
@@ -49,7 +68,10 @@ def command(
     defaults = [] if recipe else [("method.name", "random"), ("budget", "1")]
     built = build(recipe, set_ or [], [*defaults, *((key, value) for key, value in flags if value is not None)])
     console = Console()
-    checks = examine(built, Screen(console, "gradsift doctor"), num_rows=rows)
+    if layers:
+        show_shares(console, built, rows or 64, json)
+        return
+    checks = examine(built, Screen(console, "gradsift doctor"), num_rows=rows or 4)
     out = table("Doctor", "check", "verdict", "seen", "do this")
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for check in checks:
@@ -59,3 +81,38 @@ def command(
     console.print(out)
     if any(check.verdict == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+def show_shares(console: Console, recipe: Any, num_rows: int, file: Path | None) -> None:
+    """Measure shares of the layers, print the table and the advice, and write both where a file is named.
+
+    Args:
+        console: where to print.
+        recipe: the planned run.
+        num_rows: rows to rank.
+        file: JSON file to write, or None.
+    """
+    from gradsift.cli.screen import Screen, table
+    from gradsift.manifest import git_sha, versions, write_json_atomic
+    from gradsift.pipeline.shares import measure_shares
+
+    found = measure_shares(recipe, Screen(console, "gradsift doctor --layers"), num_rows=num_rows)
+    names = list(found.lines[0].ranks)
+    heads = ["share", "layers", "parameters", "x plain step", "x whole step", *(f"rank of {name}" for name in names)]
+    out = table(f"Upper layers beside all, on {found.num_rows} rows with {found.num_tokens} tokens", *heads)
+    for line in found.lines:
+        ranks = [f"{r.rho:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in line.ranks.values()] or ["1"] * len(names)
+        out.add_row(
+            line.share, line.layers, f"{line.coverage:.1%}", _spread(line.cost), _spread(line.cost_whole), *ranks
+        )
+    console.print(out)
+    console.print(found.advice, style="bold", highlight=False, markup=False)
+    if file is not None:
+        head = {"command": shlex.join(["gradsift", *sys.argv[1:]]), "date": date.today().isoformat(),
+                "commit": git_sha(Path(__file__).parent), "versions": versions()}  # fmt: skip
+        body = {**asdict(found), "recommended": found.recommended and found.recommended.share, "advice": found.advice}
+        write_json_atomic(file, {**head, "parameters": recipe.navigator.parameters, **body})
+
+
+def _spread(cost: Ratio) -> str:
+    return f"{cost.median:.2f} ({cost.low:.2f}..{cost.high:.2f})"

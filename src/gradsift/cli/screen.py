@@ -30,6 +30,7 @@ WORDS = {
     "roll": "training roll-outs",
     "proxy": "training the proxy",
     "compare": "comparing",
+    "worlds": "finding rows that may be chosen",
     "select": "selecting",
     "write": "writing",
 }

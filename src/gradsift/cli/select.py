@@ -81,6 +81,22 @@ LossOn = Annotated[
 Dedup = Annotated[
     str | None, typer.Option("--dedup", metavar="drop|keep", help="What happens to exact copies. [default: drop]")
 ]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="25%|8",
+        help="Measure the upper decoder layers only, a share or a count: cheaper, and less exact (gradsift doctor --layers).",
+    ),
+]
+TwoStage = Annotated[
+    str | None,
+    typer.Option(
+        "--screen",
+        metavar="25%|8",
+        help="Measure all rows by these upper layers, and exactly only those that may be chosen; what was lost is bounded.",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; --set and flags win over it.")
 ]
@@ -114,6 +130,8 @@ def command(
     format_: FormatName = None,
     loss_on: LossOn = None,
     dedup: Dedup = None,
+    layers: Layers = None,
+    screen: TwoStage = None,
     recipe: RecipeFile = None,
     launcher: Launcher = "auto",
     workers: Workers = None,
@@ -137,6 +155,8 @@ def command(
         ("data.format", format_),
         ("data.loss_on", loss_on),
         ("data.dedup", dedup),
+        ("collect.layers", layers),
+        ("screen.layers", screen),
     ]
     from gradsift.launch.seat import find_seat
 

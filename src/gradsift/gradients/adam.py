@@ -1,8 +1,7 @@
 """Adam-shaped directions of single rows, inside the engine: Gamma(g) before it is sketched (less.md 2, arXiv 2402.04333).
 
 Gamma is not linear in g, so it needs each row's gradient itself. The engine forms that gradient anyway, tile by tile, for its
-norm; here every tile is bent on its way into the sketch. Signs are flipped before: s g with s m gives s Gamma, since
-squares forget the sign. Norms and dots stay those of the plain gradient.
+norm; here every tile is bent on its way into the sketch. Norms and dots stay those of the plain gradient.
 
 Cost: what the dense path of the engine takes, plus a handful of operations per entry and row; tables that are looked up are
 made dense row by row, which is why all weights of a large vocabulary are slow here and an adapter is not.
@@ -63,10 +62,10 @@ def gamma_diag(grad: Tensor, second: Tensor, *, eps: float = EPS) -> Tensor:
 
 @dataclass(frozen=True)
 class Bend:
-    """What turns a block's flat sign-flipped gradient into its Adam direction.
+    """What turns a block's flat gradient into its Adam direction.
 
     Args:
-        first: [n] sign-flipped m.
+        first: [n] m.
         second: [n] v.
         form: ``adam`` or ``adam_diag``.
     """
@@ -110,7 +109,7 @@ def bend(engine: GradientEngine, first: Mapping[str, Tensor], second: Mapping[st
                 "the Adam state does not fit the parameter", where=name, got=str(tuple(m.shape)),
                 expected=str((block.rows, block.cols)), do="delete the folder warmup of the run and try again",
             )  # fmt: skip
-        block.bend = Bend(engine.flatten(name, [m])[0], v.reshape(-1).contiguous(), form)
+        block.bend = Bend(m.reshape(-1).contiguous(), v.reshape(-1).contiguous(), form)
     engine.bent = True
 
 
@@ -216,10 +215,7 @@ def _add(
     if found is not None:
         squares.looked_up[rows] += found.double().square().sum(1)
         flat = flat + found
-    position, num = low * block.cols, flat.shape[1] // block.cols
-    if block.row_sign is not None and block.col_sign is not None:
-        shaped = flat.view(-1, num, block.cols) * block.row_sign[low : low + num, None] * block.col_sign
-        flat = shaped.view(flat.shape)
+    position = low * block.cols
     totals.square[rows] += flat.double().square().sum(1)
     if block.directions is not None:
         totals.dots[rows] += torch.mm(flat, block.directions[:, position : position + flat.shape[1]].t()).double()

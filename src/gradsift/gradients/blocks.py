@@ -106,7 +106,24 @@ class Dense:
     g: Float[Tensor, "B n"]
 
 
-Contribution = Outer | Scatter | Dense
+@dataclass(frozen=True)
+class Routed:
+    """Outer products that each belong to the rows of one expert.
+
+    Args:
+        x: [S, cols] inputs.
+        g: [S, rows of one expert] gradients of the output.
+        expert: int64 [S] which expert.
+        example: int64 [S] which example.
+    """
+
+    x: Float[Tensor, "S cols"]
+    g: Float[Tensor, "S r"]
+    expert: Int[Tensor, " S"]
+    example: Int[Tensor, " S"]
+
+
+Contribution = Outer | Scatter | Dense | Routed
 
 
 @dataclass
@@ -120,7 +137,7 @@ class Block:
         row_sign: [rows] or None without a projector.
         col_sign: [cols] or None.
         offset: first bucket of the sketch.
-        directions: [M, rows * cols] sign-flipped unit directions, or None.
+        directions: [M, rows * cols] unit directions, or None.
         mean: [rows, cols] running sum of gradients when anchors are being built, or None.
         bend: what turns a flat gradient into what is sketched (:mod:`gradsift.gradients.adam`), or None for itself.
         road: ``tiles`` here; ``torch`` and ``fused`` are in :mod:`gradsift.gradients.on_cuda`.
@@ -162,6 +179,10 @@ class Block:
         Returns:
             Squared norms of the linear and of the looked-up part, apart.
         """
+        if isinstance(parts[0], Routed):
+            from gradsift.gradients.experts import measure_routed  # it builds on this module
+
+            return measure_routed(self, [p for p in parts if isinstance(p, Routed)], totals)
         if self.road != "tiles":
             from gradsift.gradients import on_cuda  # it builds on this module
 
@@ -208,7 +229,7 @@ class Block:
         for scatter in scatters:
             add_lookups_(sketch, scatter.ids, scatter.g, scatter.lengths, self.cells)
         for dense in denses:
-            add_rows_(sketch, self._flip(dense.g), 0, self.cells)
+            add_rows_(sketch, dense.g, 0, self.cells)
 
     # -- outer products ------------------------------------------------------------------------------------------
 
@@ -220,9 +241,8 @@ class Block:
         return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).view(outer.x.shape[0], -1))
 
     def _measure_outer(self, outer: Outer, totals: Totals) -> None:
-        x = outer.x if self.col_sign is None else outer.x * self.col_sign
         folds_far = totals.sketch is not None and FOLDS_FAR * self.cells.count <= self.numel
-        self._tiles(Outer(x, outer.g, outer.lengths, outer.starts), totals, fold=not folds_far)
+        self._tiles(outer, totals, fold=not folds_far)
         if totals.sketch is not None and folds_far:
             add_outer_(totals.sketch, outer.x, outer.g, outer.lengths, outer.starts, self.cells)
 
@@ -234,14 +254,12 @@ class Block:
         live = [b for b in range(num) if outer.lengths[b]]
         for low in range(0, rows, height):
             high = min(rows, low + height)
-            sign = self.row_sign[low:high] if self.row_sign is not None else None
             for first in range(0, len(live), CHUNK):
                 some = live[first : first + CHUNK]
                 tile = scratch[: len(some), : (high - low) * cols]
                 for k, b in enumerate(some):
                     x, g = outer.row(b)
-                    part = g[:, low:high] if sign is None else g[:, low:high] * sign
-                    torch.mm(part.t(), x, out=tile[k].view(high - low, cols))
+                    torch.mm(g[:, low:high].t(), x, out=tile[k].view(high - low, cols))
                 self._measure_tile(tile, some, low, totals, fold=fold)
 
     def _measure_tile(
@@ -269,17 +287,11 @@ class Block:
 
     def _measure_dense(self, denses: Sequence[Dense], totals: Totals) -> None:
         g = denses[0].g if len(denses) == 1 else torch.stack([d.g for d in denses]).sum(0)
-        g = self._flip(g)
         totals.square += _squares(g)
         if self.directions is not None:
             totals.dots += torch.mm(g, self.directions.t()).double()
         if totals.sketch is not None:
             add_rows_(totals.sketch, g, 0, self.cells)
-
-    def _flip(self, g: Float[Tensor, "B n"]) -> Float[Tensor, "B n"]:
-        if self.row_sign is None or self.col_sign is None:
-            return g
-        return (g.view(-1, self.rows, self.cols) * self.row_sign[:, None] * self.col_sign).view(g.shape)
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
@@ -291,8 +303,6 @@ class Block:
             ids, summed = sum_repeated(scatters, b)
             if not ids.numel():
                 continue
-            if self.row_sign is not None and self.col_sign is not None:
-                summed = summed * self.row_sign[ids, None] * self.col_sign
             totals.square[b] += summed.double().square().sum()
             if self.directions is not None:
                 table = self.directions.view(-1, self.rows, self.cols)[:, ids]

@@ -60,6 +60,7 @@ def build_direction(
     pad_id: int,
     tick: Callable[[int, int], None] = lambda rows, tokens: None,
     embedding: bool = False,
+    first_layer: int | None = None,
 ) -> BuiltDirection:
     """Average the gradients of some rows.
 
@@ -73,6 +74,7 @@ def build_direction(
         pad_id: padding token.
         tick: called with rows and tokens done.
         embedding: also keep the rows' embeddings.
+        first_layer: where the backward stops; None for the embedding.
 
     Returns:
         The unit direction, its length and the rows' sketches.
@@ -81,7 +83,9 @@ def build_direction(
         NumericsError: the mean gradient is zero or not finite, or a row's loss is not finite.
     """
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
-    engine = GradientEngine(model, parameters, projector=projector, building=True, embedding=embedding, norms=False)
+    engine = GradientEngine(
+        model, parameters, projector=projector, building=True, embedding=embedding, norms=False, first_layer=first_layer
+    )
     device = next(model.parameters()).device
     sketches, losses, embeddings = [], [], []
     with engine:

@@ -4,9 +4,6 @@ Each program owns one tile of a matrix and walks a group of examples; the direct
 run on tensor cores with float32 sums, and what is written is a few float32 partial sums for each tile and example. They are
 added in float64 in a fixed order: no atomics, so a repeated run has the same bits. bfloat16 factors are multiplied
 as they are (their products are exact in float32); directions are float32 in registers whatever they are stored as.
-Directions are stored sign-flipped (:meth:`gradsift.gradients.hooks.GradientEngine.flatten`); a program flips its tile back
-once, when it loads it, which costs nothing beside the examples it then meets and leaves x and g untouched.
-
 triton is optional and imported on first use; :func:`why_not` says what is missing.
 """
 
@@ -107,7 +104,6 @@ def squares_and_dots(
     g: Float[Tensor, "S rows"],
     spans: Spans,
     directions: Float[Tensor, "M n"] | None = None,
-    signs: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B M"]]:
     """Squared norm of each example's sum of outer products g_t x_t', and its dots with directions.
 
@@ -117,8 +113,7 @@ def squares_and_dots(
         x: layer inputs, float32, bfloat16 or float16.
         g: output gradients of the same dtype.
         spans: where the examples lie.
-        directions: [M, rows * cols], sign-flipped where ``signs`` is given; any float dtype.
-        signs: ([rows], [cols]) of -1 and +1 that the directions were flipped with, or None.
+        directions: [M, rows * cols], any float dtype.
 
     Returns:
         float64 [B] and float64 [B, M].
@@ -134,14 +129,12 @@ def squares_and_dots(
     x, g, sums = x.contiguous(), g.contiguous(), []
     for some in launches(num_directions):
         part = None if directions is None else directions[some.start : some.stop]
-        sums.append(_launch(x, g, spans, part if some else None, signs))
+        sums.append(_launch(x, g, spans, part if some else None))
     dots = [part[:, 1:] for part in sums]
     return sums[0][:, 0], dots[0] if len(dots) == 1 else torch.cat(dots, 1)
 
 
-def _launch(
-    x: Tensor, g: Tensor, spans: Spans, directions: Tensor | None, signs: tuple[Tensor, Tensor] | None
-) -> Float[Tensor, "B k"]:
+def _launch(x: Tensor, g: Tensor, spans: Spans, directions: Tensor | None) -> Float[Tensor, "B k"]:
     rows, cols, num = g.shape[1], x.shape[1], len(spans.lengths)
     num_directions = 0 if directions is None else directions.shape[0]
     shape = tile_shape(x.dtype, num_directions, max(spans.lengths))
@@ -149,13 +142,12 @@ def _launch(
     groups = num_groups(tiles, num, sum(spans.lengths))
     work, edges = work_on(spans, shape.tokens, groups, x.device)
     out = torch.empty(tiles, num, num_directions + 1, shape.warps, dtype=torch.float32, device=x.device)
-    row_sign, col_sign = signs if signs is not None and num_directions else (x, x)
     _launched(
         "outer_kernel", (tiles * groups,), x,
-        x, g, x if directions is None else directions.contiguous(), row_sign, col_sign, work, edges, out,
+        x, g, x if directions is None else directions.contiguous(), work, edges, out,
         rows, cols, num, rows * cols,
         M=num_directions, BM=shape.rows, BN=shape.cols, BK=shape.tokens,
-        EVEN=rows % shape.rows == 0 and cols % shape.cols == 0, FLIP=signs is not None and num_directions > 0,
+        EVEN=rows % shape.rows == 0 and cols % shape.cols == 0,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee", PARTS=shape.warps,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

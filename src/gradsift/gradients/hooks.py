@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,17 @@ from torch import Tensor, nn
 from gradsift.errors import ModelError
 from gradsift.gradients import fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
-from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Scatter, Totals, make_block
+from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
 from gradsift.gradients.edges import embedding_squares, head_squares
 from gradsift.gradients.embed import pool_positions
+from gradsift.gradients.experts import bias_sums, is_experts, tapped
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
+from gradsift.gradients.taps import find_layers
+
+EDGE_NORMS = ("emb_grad_norm", "head_grad_norm")
 
 
 @dataclass
@@ -43,6 +48,7 @@ class _Use:
 class _Batch:
     """State of the micro-batch in flight."""
 
+    width: int
     lengths: tuple[int, ...]
     head_lengths: tuple[int, ...]
     head_starts: tuple[int, ...]
@@ -63,11 +69,15 @@ class GradientEngine:
         model: a causal language model; put into eval mode, all weights frozen.
         names: parameters to measure (names of ``model.named_parameters()``; tied weights once).
         projector: seed and size of the sketch, or None for none.
-        directions: name -> [M, rows * cols] sign-flipped unit directions, from :meth:`flatten`; or None.
+        directions: name -> [M, rows * cols] unit directions, from :meth:`flatten`; or None.
         building: also sum the gradients themselves, to build an anchor.
         embedding: also pool the last hidden states, which are the LM head's input.
         norms: False asks for the sketch alone: no gradient is formed, and every norm is NaN.
+        edges: also measure the gradient norms of the embedding table and the LM head where they are not among ``names``;
+            False leaves those NaN, and the backward ends at the lowest of ``names``.
         road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
+        first_layer: the backward stops where this decoder layer (from 0) begins: whatever is computed before it is a
+            constant, and ``names`` are those of :func:`gradsift.gradients.upper.choose_upper`. None stops at the embedding.
 
     Raises:
         ModelError: the model has no LM head that can be hooked.
@@ -83,11 +93,16 @@ class GradientEngine:
         building: bool = False,
         embedding: bool = False,
         norms: bool = True,
+        edges: bool = True,
         road: roads.Road = "auto",
+        first_layer: int | None = None,
     ) -> None:
         self.norms = norms
+        self.edges = edges and norms
         self.model = model.eval()
-        self.road = roads.choose_road(road, self._device, next(model.parameters()).dtype)
+        first = next(model.parameters())
+        self._device, self._weights = first.device, first.dtype
+        self.road = roads.choose_road(road, self._device, self._weights)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.projector = projector
@@ -116,31 +131,38 @@ class GradientEngine:
         self._norms = roads.fast_norms(self._uses, self.dtype) if self.road == "fused" else {}
         self._head_block = self._weight_block(self._head)
         self._embedding_block = self._weight_block(self._embedding)
-        self._lookups = {module for module in self._uses if isinstance(module, nn.Embedding)}
         self._takes_positions = _accepts_positions(model)
+        self._checked: set[nn.Module] = set()  # routers
+        self.first_layer = first_layer
+        self._first = None if first_layer is None else find_layers(model)[first_layer]
+        self._reached = first_layer is None
         self._batch: _Batch | None = None
         self._expected: dict[str, int] = {}
         self._pending: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
+        self._tapped = ExitStack()
 
     @property
     def dtype(self) -> torch.dtype:
         """Arithmetic of the measurement: float64 for a float64 model, float32 otherwise (bfloat16 is widened)."""
-        return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+        return torch.float64 if self._weights == torch.float64 else torch.float32
 
     @property
     def description(self) -> str:
         """How gradients are measured here, in words."""
-        return roads.describe(self.road, self._device, next(self.model.parameters()).dtype)
+        return roads.describe(self.road, self._device, self._weights)
+
+    @property
+    def edge_norms(self) -> tuple[str, ...]:
+        """Which of :data:`EDGE_NORMS` a pass measures."""
+        emb, head = (self.edges or (self.norms and b is not None) for b in (self._embedding_block, self._head_block))
+        # From a later layer on the backward never gets to the embedding, whose table may still be measured as the head.
+        return tuple(name for name, on in zip(EDGE_NORMS, (emb and self._first is None, head)) if on)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self._device
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def _map_parameters(self, wanted: set[str]) -> tuple[str, ...]:
         """Find the module and rule of each wanted parameter; return the names that no rule covers."""
@@ -182,7 +204,7 @@ class GradientEngine:
         raise KeyError(name)
 
     def flatten(self, name: str, matrices: Sequence[Float[Tensor, "rows cols"]]) -> Float[Tensor, "M n"]:
-        """Turn direction matrices into the sign-flipped rows that blocks multiply with.
+        """Turn direction matrices into the rows that blocks multiply with.
 
         Args:
             name: a covered parameter.
@@ -191,18 +213,20 @@ class GradientEngine:
         Returns:
             [M, rows * cols].
         """
-        block = self.blocks[name]
-        stacked = torch.stack(list(matrices))
-        if block.row_sign is not None and block.col_sign is not None:
-            stacked = stacked * block.row_sign[:, None] * block.col_sign
-        return stacked.reshape(len(matrices), -1).contiguous()
+        assert name in self.blocks, name
+        return torch.stack(list(matrices)).reshape(len(matrices), -1).contiguous()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> GradientEngine:
         hooked = set(self._uses) | {self._embedding, self._head}
         for module in hooked:
-            self._handles.append(module.register_forward_hook(self._after_forward))
+            if is_experts(module):
+                self._tapped.enter_context(tapped(module, partial(self._after_product, module)))
+            else:
+                self._handles.append(module.register_forward_hook(self._after_forward))
+        if self._first is not None:
+            self._handles.append(self._first.register_forward_pre_hook(self._begin))
         # First of the head's pre-hooks, so that other hooks see the gathered input as well.
         self._handles.append(self._head.register_forward_pre_hook(self._gather, prepend=True))
         return self
@@ -211,6 +235,10 @@ class GradientEngine:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._tapped.close()
+
+    def _begin(self, *_: object) -> None:
+        self._reached = True
 
     def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._batch is not None
@@ -219,17 +247,65 @@ class GradientEngine:
             self._batch.embedding = pool_positions(hidden.detach().to(self.dtype), self._batch.lengths)
         return (hidden.reshape(-1, hidden.shape[-1])[self._batch.positions][None], *inputs[1:])
 
-    def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
+    def _after_forward(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        if not torch.is_grad_enabled() or not self._reached:
             return
-        if not output.requires_grad and (module is self._embedding or module in self._lookups):
+        if isinstance(
+            output, tuple
+        ):  # a router's logits come first, and are checked to be what its rule takes them for
+            output = self._logits_of(module, inputs[0], output[0])
+        if module not in self._uses and not self.edges:
+            return
+        if not output.requires_grad:  # nothing before the lowest of those measured is in the graph
             output.requires_grad_(True)
-        if not output.requires_grad:
-            return
         for use in self._uses.get(module, ()):
             self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
         x = inputs[0].detach()
         output.register_hook(lambda g: self._after_backward(module, x, g))
+
+    def _logits_of(self, module: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
+        if module not in self._checked:
+            weight, bias = (None if p is None else p.detach() for p in (module.weight, getattr(module, "bias", None)))
+            with torch.no_grad():
+                want = nn.functional.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias)
+            if logits.shape != want.shape or not torch.allclose(
+                logits.detach().to(want.dtype), want, atol=1e-2, rtol=1e-2
+            ):
+                raise ModelError(
+                    "a router does not return the logits of its experts first, so its gradient cannot be measured",
+                    where=type(module).__name__,
+                    do="leave its weight out of navigator.parameters",
+                )
+            self._checked.add(module)
+        return logits
+
+    def _after_product(
+        self, module: nn.Module, local: str, x: Tensor, y: Tensor, token: Tensor, expert: Tensor
+    ) -> None:
+        """Wait for the output gradient of all experts' products with one fused parameter."""
+        uses = [use for use in self._uses[module] if use.local in (local, f"{local}_bias")]
+        if not uses or not torch.is_grad_enabled() or not self._reached:
+            return
+        if not y.requires_grad:
+            y.requires_grad_(True)
+        for use in uses:
+            self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
+        x = x.detach()
+
+        def arrived(g: Tensor) -> None:
+            assert self._batch is not None
+            lengths = torch.tensor(self._batch.lengths, device=token.device)
+            example = token // self._batch.width
+            live = token % self._batch.width < lengths[example]
+            some = Routed(x[live].to(self.dtype), g.detach()[live].to(self.dtype), expert[live], example[live])
+            for use in uses:
+                bias = use.local != local
+                sums = bias_sums(some.g, some.expert, some.example, use.block.rows, len(lengths)) if bias else None
+                self._arrive(use.block, some if sums is None else Dense(sums))
+
+        y.register_hook(arrived)
 
     def _after_backward(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         assert self._batch is not None
@@ -239,9 +315,11 @@ class GradientEngine:
         if self.road == "tiles" or not (fast_norm or roads.keeps_narrow(module)):
             g = g.to(self.dtype)
             x = x.to(self.dtype) if x.is_floating_point() else x
+        if x.ndim == 2 and x.is_floating_point() and x.shape[0] == len(batch.lengths) * batch.width:
+            x, g = x.unflatten(0, (-1, batch.width)), g.unflatten(0, (-1, batch.width))  # a layer of tokens in a row
         if head:
             seen = Seen(x[0], g[0], batch.head_lengths, batch.head_starts)
-            if self._head_block is None and self.norms:
+            if self._head_block is None and self.edges:
                 batch.head_square = self._head_squares(seen)
         else:
             lengths = batch.lengths if x.shape[0] == len(batch.lengths) else None
@@ -253,7 +331,7 @@ class GradientEngine:
                     do="choose another --navigator or leave the layer out of navigator.parameters",
                 )
             seen = Seen(x, g, lengths)
-            if module is self._embedding and self._embedding_block is None and self.norms:
+            if module is self._embedding and self._embedding_block is None and self.edges:
                 batch.emb_square = self._embedding_squares(module, seen)
         if module not in self._uses:
             return
@@ -284,7 +362,7 @@ class GradientEngine:
             squares = block.measure(waiting, self._batch.totals)
             if block is self._head_block:
                 self._batch.head_square = squares.linear
-            if block is self._embedding_block:
+            if block is self._embedding_block and self._first is None:
                 self._batch.emb_square = squares.looked_up
             del self._pending[block.name]
 
@@ -373,10 +451,9 @@ class GradientEngine:
         rows, columns = supervised.nonzero(as_tuple=True)
         counts = supervised.sum(1)
         starts = torch.cumsum(counts, 0) - counts
-        start = 0.0 if self.norms else float("nan")
-        zeros = torch.full((size,), start, dtype=torch.float64, device=self._device)
         dim = None if self.projector is None else self.projector.dim
         self._batch = _Batch(
+            width,
             tuple(lengths.tolist()),
             tuple(counts.tolist()),
             tuple(starts.tolist()),
@@ -384,22 +461,25 @@ class GradientEngine:
             (rows, columns),
             Totals(
                 torch.zeros(size, self.num_directions, dtype=torch.float64, device=self._device),
-                zeros.clone(),
+                self._start(size, self.norms),
                 None if dim is None else torch.zeros(size, dim, dtype=self.dtype, device=self._device),
                 self.norms,
             ),
-            zeros.clone(),
-            zeros.clone(),
+            *(self._start(size, name in self.edge_norms) for name in EDGE_NORMS),
             prompt=prompt,
         )
         self._expected.clear()
         self._pending.clear()
+        self._reached = self._first is None
         try:
             yield self._batch
         finally:
             self._batch = None
             self._expected.clear()
             self._pending.clear()
+
+    def _start(self, size: int, measured: bool) -> Float[Tensor, " B"]:
+        return torch.full((size,), 0.0 if measured else float("nan"), dtype=torch.float64, device=self._device)
 
     def _loss(
         self, logits: Float[Tensor, "1 S V"], labels: Int[Tensor, "B T"], input_ids: Int[Tensor, "B T"]
@@ -414,10 +494,10 @@ class GradientEngine:
         wide = logits.detach()[0]
         if self.road == "fused":
             log_norm = fused.log_norms(wide)
-        else:
-            wide = wide if wide.dtype == torch.float64 else wide.float()
-            log_norm = torch.logsumexp(wide, -1)
-        nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
+            nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
+        else:  # one kernel, where logsumexp takes four passes
+            wide = torch.log_softmax(wide if wide.dtype == torch.float64 else wide.float(), -1)
+            nats = -wide.gather(1, targets[:, None])[:, 0].double()
         zeros = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device)
         if prompt is None:
             loss = zeros.index_add(0, rows, nats) / counts
@@ -433,7 +513,7 @@ class GradientEngine:
         weight = weight[rows] if prompt is None else weight[rows] * supervised[seen]
         if self.road == "fused":
             return loss, fused.slopes(wide, log_norm, targets, weight)
-        slope = torch.sub(wide, log_norm[:, None]).exp_()
+        slope = wide.exp_()
         slope[torch.arange(len(targets), device=targets.device), targets] -= 1
         if not nats.isfinite().all():
             slope.nan_to_num_()

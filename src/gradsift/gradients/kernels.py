@@ -22,16 +22,15 @@ def _sum_parts(tile, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 
 @triton.jit
 @no_type_check
-def _direction(d_ptr, place, ok, sign, FLIP: tl.constexpr):
-    tile = tl.load(d_ptr + place, mask=ok, other=0.0).to(tl.float32)
-    return tile * sign if FLIP else tile
+def _direction(d_ptr, place, ok):
+    return tl.load(d_ptr + place, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num"])
 @no_type_check
 def outer_kernel(
-    x_ptr, g_ptr, d_ptr, row_sign_ptr, col_sign_ptr, work_ptr, group_ptr, out_ptr, rows, cols, num, d_stride,
-    M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, FLIP: tl.constexpr,
+    x_ptr, g_ptr, d_ptr, work_ptr, group_ptr, out_ptr, rows, cols, num, d_stride,
+    M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Own one tile of the matrix, walk a group of examples: squares and dots of each example's tile.
@@ -49,22 +48,17 @@ def outer_kernel(
     col_ok = col < cols
     place = row[:, None].to(tl.int64) * cols + col[None, :]
     ok = row_ok[:, None] & col_ok[None, :]
-    sign = 1.0
-    if FLIP:
-        row_sign = tl.load(row_sign_ptr + row, mask=row_ok, other=0.0).to(tl.float32)
-        col_sign = tl.load(col_sign_ptr + col, mask=col_ok, other=0.0).to(tl.float32)
-        sign = row_sign[:, None] * col_sign[None, :]
     if M > 0:
-        d0 = _direction(d_ptr, place, ok, sign, FLIP)
+        d0 = _direction(d_ptr, place, ok)
     if M > 1:
         d_ptr += d_stride  # step by step: a multiple of the stride of a large table does not fit 32 bits
-        d1 = _direction(d_ptr, place, ok, sign, FLIP)
+        d1 = _direction(d_ptr, place, ok)
     if M > 2:
         d_ptr += d_stride
-        d2 = _direction(d_ptr, place, ok, sign, FLIP)
+        d2 = _direction(d_ptr, place, ok)
     if M > 3:
         d_ptr += d_stride
-        d3 = _direction(d_ptr, place, ok, sign, FLIP)
+        d3 = _direction(d_ptr, place, ok)
     step = tl.arange(0, BK)
     part = tl.arange(0, PARTS)
     acc = tl.zeros((BM, BN), dtype=tl.float32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.gradients.blocks import Contribution, Dense, Outer, Scatter
+from gradsift.gradients.experts import is_experts
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Seen:
     starts: tuple[int, ...] | None = None
 
     def summed(self, values: Tensor) -> Dense:
-        """Sum a [B, T, n] quantity over each example's tokens (zero on padding)."""
+        """Sum a [B, T, n] quantity over each example's tokens (zero on padding), and over heads: [B, T, heads, n]."""
         if values.dtype in (torch.bfloat16, torch.float16):  # on a GPU linear layers are not widened before
             values = values.float()
         if self.starts is None:
-            return Dense(values.sum(1))
+            return Dense(values.sum(tuple(range(1, values.ndim - 1))))
         pieces = [values[s : s + n].sum(0) for s, n in zip(self.starts, self.lengths, strict=True)]
         return Dense(torch.stack(pieces))
 
@@ -59,6 +60,12 @@ class LayerRule:
 _RULES: dict[str, LayerRule] = {}
 
 
+def _shape(size: tuple[int, ...], transposed: bool) -> tuple[int, int]:
+    if len(size) == 1:
+        return 1, size[0]
+    return (size[1], size[0]) if transposed else (size[0], size[1])
+
+
 def register_layer(*names: str, transposed: bool = False) -> Callable[[Callable], Callable]:
     """Register a rule for module classes by class name (subclasses inherit it through their bases).
 
@@ -71,10 +78,7 @@ def register_layer(*names: str, transposed: bool = False) -> Callable[[Callable]
     """
 
     def shape(module: nn.Module, local: str) -> tuple[int, int]:
-        size = tuple(module.get_parameter(local).shape)
-        if len(size) == 1:
-            return 1, size[0]
-        return (size[1], size[0]) if transposed else (size[0], size[1])
+        return _shape(tuple(module.get_parameter(local).shape), transposed)
 
     def to_matrix(value: Tensor) -> Tensor:
         if value.ndim == 1:
@@ -102,6 +106,8 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         The rule, or None when the kind is not supported (its parameters then count as not covered).
     """
     cls = type(module)
+    if is_experts(module):
+        return _EXPERTS[bool(module.is_transposed)]
     if cls.__name__ in _RULES:
         return _RULES[cls.__name__]
     for name, rule in _RULES.items():
@@ -161,3 +167,31 @@ def rms_norm(module: nn.Module, seen: Seen) -> Iterator[tuple[str, Contribution]
         ones = torch.func.functional_call(module, {"weight": torch.ones_like(weight)}, (seen.x.to(weight.dtype),))
         zeros = torch.func.functional_call(module, {"weight": torch.zeros_like(weight)}, (seen.x.to(weight.dtype),))
     yield "weight", seen.summed(seen.g * (ones - zeros).to(seen.g.dtype))
+
+
+@register_layer("*TopKRouter", "*TopkRouter")
+def router(module: nn.Module, seen: Seen) -> Iterator[tuple[str, Contribution]]:
+    """Logits of experts, a linear layer that the module runs itself; the engine checks that its output is theirs."""
+    return linear(module, seen)
+
+
+def _expert_rule(transposed: bool) -> LayerRule:
+    def shape(module: nn.Module, local: str) -> tuple[int, int]:
+        num, *size = module.get_parameter(local).shape
+        if len(size) == 1:  # a bias
+            return num, size[0]
+        rows, cols = _shape(tuple(size), transposed)
+        return num * rows, cols
+
+    def to_matrix(value: Tensor) -> Tensor:
+        if value.ndim == 2:
+            return value
+        return (value.transpose(1, 2) if transposed else value).flatten(0, 1)
+
+    def parts(_module: nn.Module, _seen: Seen) -> Iterator[tuple[str, Contribution]]:
+        raise AssertionError("what experts see arrives through gradsift.gradients.experts.tapped")
+
+    return LayerRule(shape, parts, to_matrix)
+
+
+_EXPERTS = {transposed: _expert_rule(transposed) for transposed in (False, True)}

@@ -62,8 +62,6 @@ def scatter_dots(block: Block, scatters: Sequence[Scatter], *, pairs: int = PAIR
     ids, g = masked_tokens(scatters)
     ids = ids.clamp_min(0)
     table = block.directions.view(-1, block.rows, block.cols)
-    if block.col_sign is not None and block.row_sign is not None:
-        g = g * block.col_sign.to(g.dtype) * block.row_sign.to(g.dtype)[ids][..., None]
     out = torch.zeros(ids.shape[0], table.shape[0], dtype=torch.float64, device=ids.device)
     step = max(1, pairs // max(1, ids.shape[0] * block.cols))
     for low in range(0, ids.shape[1], step):

@@ -76,10 +76,7 @@ def measure(block: Block, parts: Sequence[Contribution], totals: Totals) -> Squa
 def _exact_outer(block: Block, outer: Outer, totals: Totals) -> Tensor:
     if block.road == "fused" and fused.takes(outer.x, outer.g):
         x, g = outer.x.reshape(-1, block.cols), outer.g.reshape(-1, block.rows)
-        signs = None
-        if block.row_sign is not None and block.col_sign is not None:
-            signs = (block.row_sign, block.col_sign)
-        square, dots = fused.squares_and_dots(x, g, spans_of(outer), block.directions, signs)
+        square, dots = fused.squares_and_dots(x, g, spans_of(outer), block.directions)
     else:
         square, dots = formed_squares_and_dots(block, outer)
     totals.square += square
@@ -99,7 +96,7 @@ def formed_squares_and_dots(
     """Form the gradients of a whole batch, some rows of the matrix at a time, by batched products.
 
     Args:
-        block: the parameter; its directions are sign-flipped where it has signs.
+        block: the parameter.
         outer: what flowed into it.
         entries: numbers formed at a time, at most (at least one row for each example).
 
@@ -113,12 +110,10 @@ def formed_squares_and_dots(
     x = padded(outer.x, outer.lengths, outer.starts)
     if not x.shape[1]:
         return square, dots
-    x = x if block.col_sign is None else x * block.col_sign.to(x.dtype)
     height = max(1, min(block.rows, entries // max(1, num * block.cols)))
     for low in range(0, block.rows, height):
         high = min(block.rows, low + height)
         part = padded(outer.g[..., low:high], outer.lengths, outer.starts)
-        part = part if block.row_sign is None else part * block.row_sign[low:high].to(part.dtype)
         tile = bmm_wide(part.transpose(1, 2), x).flatten(1)
         square += torch.linalg.vector_norm(tile, dim=1).double().square()
         if block.directions is not None:
@@ -141,18 +136,12 @@ def _join(outers: Sequence[Outer]) -> Outer:
 
 
 def _exact_dense(block: Block, denses: Sequence[Dense], totals: Totals) -> Tensor:
-    g = _flipped(block, sum((d.g for d in denses[1:]), denses[0].g))
+    g = sum((d.g for d in denses[1:]), denses[0].g)
     square = torch.linalg.vector_norm(g, dim=1).double().square()
     totals.square += square
     if block.directions is not None:
         totals.dots += torch.mm(g, block.directions.to(g.dtype).t()).double()
     return square
-
-
-def _flipped(block: Block, g: Float[Tensor, "B n"]) -> Float[Tensor, "B n"]:
-    if block.row_sign is None or block.col_sign is None:
-        return g
-    return (g.view(-1, block.rows, block.cols) * block.row_sign[:, None] * block.col_sign).view(g.shape)
 
 
 def fold_matrix(sign: Float[Tensor, " n"], width: int, dtype: torch.dtype) -> Float[Tensor, "n width"]:
@@ -193,7 +182,7 @@ def _sketch(
     if totals.sketch is None:
         return
     if denses:
-        add_rows_(totals.sketch, _flipped(block, sum((d.g for d in denses[1:]), denses[0].g)), 0, block.cells)
+        add_rows_(totals.sketch, sum((d.g for d in denses[1:]), denses[0].g), 0, block.cells)
     pairs, (high, wide) = [], cell_shape(block.rows, block.cols)
     for outer in outers:
         x, g = _fold(block, outer.x, "col"), _fold(block, outer.g, "row")

@@ -66,35 +66,31 @@ def refuse_without_norms(norms: bool, asked: str) -> None:
 
 
 def fold_signed(
-    values: Float[Tensor, "*lead n"], sign: Float[Tensor, " n"] | None, width: int
+    values: Float[Tensor, "*lead n"], sign: Float[Tensor, " n"], width: int
 ) -> Float[Tensor, "*lead width"]:
     """Sum entries c, c + width, c + 2 width, ... of the last axis, signs flipped before.
 
     Args:
         values: [..., n], contiguous in the last axis.
-        sign: [n] of -1 and +1 in the dtype of the values, or None where they are flipped already.
+        sign: [n] of -1 and +1 ; values of half precision are summed in its dtype.
         width: 1 <= width <= n.
 
     Returns:
-        [..., width]; the values themselves when nothing is to be done.
+        [..., width].
     """
-    n = values.shape[-1]
-    if sign is not None:
-        values = values.to(sign.dtype)  # half precision is summed in that of the signs
+    n, values = values.shape[-1], values.to(sign.dtype)
     if width == n:
-        return values if sign is None else values * sign
+        return values * sign
     folds = n // width
     whole = values[..., : folds * width].unflatten(-1, (folds, width))
-    signs = None if sign is None else sign[: folds * width].view(folds, width)
+    signs = sign[: folds * width].view(folds, width)
     if values.device.type == "cpu":  # one read and no copy; torch's ways take two to six times as long
-        out = torch.from_numpy(
-            whole.numpy().sum(-2) if signs is None else np.einsum("...kw,kw->...w", whole.numpy(), signs.numpy())
-        )
+        out = torch.from_numpy(np.einsum("...kw,kw->...w", whole.numpy(), signs.numpy()))
     else:
-        out = (whole if signs is None else whole * signs).sum(-2)
+        out = (whole * signs).sum(-2)
     if folds * width < n:
         rest = values[..., folds * width :]
-        out[..., : rest.shape[-1]] += rest if sign is None else rest * sign[folds * width :]
+        out[..., : rest.shape[-1]] += rest * sign[folds * width :]
     return out
 
 
@@ -156,19 +152,20 @@ def add_lookups_(
     sketch.view(-1).index_add_(0, buckets.flatten(), (token * cells.row_sign[row, None]).flatten())
 
 
-def add_rows_(sketch: Float[Tensor, "B D"], flipped: Float[Tensor, "B n"], low: int, cells: Cells) -> None:
-    """Add whole rows of gradients that were formed, their signs flipped already.
+def add_rows_(sketch: Float[Tensor, "B D"], formed: Float[Tensor, "B n"], low: int, cells: Cells) -> None:
+    """Add whole rows of gradients that were formed.
 
     Args:
         sketch: [B, D], changed in place.
-        flipped: [B, h * cols], rows low, low + 1, ... of the matrix.
+        formed: [B, h * cols], rows low, low + 1, ... of the matrix.
         low: number of the first row.
         cells: signs and place of the parameter.
     """
     high, wide = cells.shape
     cols = cells.col_sign.shape[0]
-    folded = fold_signed(flipped.view(flipped.shape[0], -1, cols), None, wide)
+    folded = fold_signed(formed.view(formed.shape[0], -1, cols), cells.col_sign, wide)
     stop = low + folded.shape[1]
+    folded = folded * cells.row_sign[low:stop, None]
     while low < stop:  # rows until R is full
         count = min(stop - low, high - low % high)
         part = folded[:, folded.shape[1] - (stop - low) :][:, :count]

@@ -68,6 +68,8 @@ class Needs:
         warmup: the navigator is trained on the pool first, and measured at checkpoints of that; None measures it as it is.
         least_rows: usable rows below which the pool is refused before a model loads.
         each_label: ``least_rows`` are those of every label of the pool that has any.
+        by_row: rows are judged one by one: a row chosen out of all rows is also chosen out of any part of them that holds
+            it, at the same budget of rows. What a screen loses can then be bounded.
     """
 
     signals: frozenset[str] = frozenset()
@@ -84,6 +86,7 @@ class Needs:
     warmup: Warmup | None = None
     least_rows: int = 0
     each_label: bool = False
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.layers) != ("hidden" in self.signals):

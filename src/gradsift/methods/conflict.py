@@ -136,7 +136,8 @@ class Conflict:
     @property
     def needs(self) -> Needs:
         """One forward and backward pass and at least one anchor; a target is used when there is one."""
-        return Needs(signals=frozenset({"anchor_dot", "grad_norm"}), anchors=True, constrains=True)
+        by_row = self.drop == "all"  # the worst share is one of the rows at hand
+        return Needs(signals=frozenset({"anchor_dot", "grad_norm"}), anchors=True, constrains=True, by_row=by_row)
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Take the best of the rows that pass.

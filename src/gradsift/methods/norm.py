@@ -47,7 +47,7 @@ class Norm:
     @property
     def needs(self) -> Needs:
         """One forward and backward pass."""
-        return Needs(signals=frozenset({"grad_norm"}))
+        return Needs(signals=frozenset({"grad_norm"}), by_row=self.band != "middle")
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Take one band of the gradient norms.

@@ -87,7 +87,8 @@ class OgsDual:
     def needs(self) -> Needs:
         """Dots with a target and at least one anchor; a weak anchor must be allowed explicitly."""
         signals = frozenset({"grad_norm", "anchor_dot", "target_dot"})
-        return Needs(signals=signals, anchors=True, target=True, constrains=True)
+        # Rows share prices: what is said of single rows holds as far as the prices of a part are those of the whole.
+        return Needs(signals=signals, anchors=True, target=True, constrains=True, by_row=True)
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Choose the rows of most gain within every anchor's allowance.

@@ -86,7 +86,7 @@ class OgsStatic:
     @property
     def needs(self) -> Needs:
         """One forward and backward pass, and at least one anchor."""
-        return Needs(signals=frozenset({"anchor_dot", "grad_norm"}), anchors=True, constrains=True)
+        return Needs(signals=frozenset({"anchor_dot", "grad_norm"}), anchors=True, constrains=True, by_row=True)
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Take the rows most orthogonal to the mean anchor.

@@ -38,7 +38,7 @@ class TargetCosine:
     @property
     def needs(self) -> Needs:
         """One forward and backward pass, and a target set."""
-        return Needs(signals=frozenset({"target_dot", "grad_norm"}), target=True)
+        return Needs(signals=frozenset({"target_dot", "grad_norm"}), target=True, by_row=True)
 
     def select(self, problem: Problem, budget: Budget, stream: Stream) -> Selection:
         """Take the rows closest to the target in direction.

@@ -45,7 +45,13 @@ class Activated:
 
 
 def activate(
-    prepared: Prepared, navigator: Navigator, model: nn.Module, names: Sequence[str], out: Path, clock: Clock
+    prepared: Prepared,
+    navigator: Navigator,
+    model: nn.Module,
+    names: Sequence[str],
+    out: Path,
+    clock: Clock,
+    first_layer: int | None = None,
 ) -> Activated:
     """Keep the rows of every anchor that oppose the target most, where the recipe asks for it.
 
@@ -56,6 +62,7 @@ def activate(
         names: parameters that gradients are taken over; empty where none are.
         out: the run folder.
         clock: timing and progress.
+        first_layer: where the backward stops; None for the embedding.
 
     Returns:
         The inputs to go on with; the same ones where nothing is asked for or no gradient is measured.
@@ -75,7 +82,7 @@ def activate(
     if path.is_file():
         chosen = json.loads(path.read_text("utf-8"))
     else:
-        chosen = _choose(prepared, model, names, count, clock)
+        chosen = _choose(prepared, model, names, count, clock, first_layer)
         make_folder(place)
         write_json_atomic(path, chosen)
     anchors = tuple(_only(source, set(chosen[source.name]["kept"])) for source in prepared.anchors)
@@ -84,7 +91,7 @@ def activate(
 
 
 def _choose(
-    prepared: Prepared, model: nn.Module, names: Sequence[str], count: int, clock: Clock
+    prepared: Prepared, model: nn.Module, names: Sequence[str], count: int, clock: Clock, first_layer: int | None
 ) -> dict[str, dict[str, list[str]]]:
     """Measure every anchor row's cosine with the target; ids that are kept and that have no gradient, per anchor."""
     collect, seed, target = prepared.recipe.collect, prepared.recipe.seed, prepared.target
@@ -98,9 +105,9 @@ def _choose(
 
         built = build_direction(
             target.name, model, names, target.usable, Projector(seed, collect.sketch_dim),
-            tokens_per_batch=collect.tokens_per_batch, pad_id=prepared.pad_id, tick=tick,
+            tokens_per_batch=collect.tokens_per_batch, pad_id=prepared.pad_id, tick=tick, first_layer=first_layer,
         )  # fmt: skip
-        engine = GradientEngine(model, names)
+        engine = GradientEngine(model, names, first_layer=first_layer)
         attach(engine, [built])
         order = sorted(range(len(rows)), key=lambda i: (rows[i].num_tokens, rows[i].id))
         with engine:

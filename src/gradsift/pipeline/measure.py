@@ -32,8 +32,9 @@ from gradsift.gradients.directions import (
     save_direction,
     sketch_directions,
 )
-from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.hooks import EDGE_NORMS, GradientEngine
 from gradsift.gradients.project import VERSION, Projector
+from gradsift.gradients.upper import Upper, choose_upper
 from gradsift.launch.bench import Bench
 from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
 from gradsift.models.adapter import adapter_sha256, attach_lora
@@ -121,7 +122,23 @@ def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
     return tuple(row for row in prepared.pool.usable if row.id not in copies)
 
 
-def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -> Measurement:
+@dataclass(frozen=True)
+class Part:
+    """Which rows a pass measures, and where it keeps them.
+
+    Args:
+        signals: folder of the store in the run folder; a checkpoint's goes before it.
+        ids: the rows; None for all.
+    """
+
+    signals: str = "signals"
+    ids: frozenset[str] | None = None
+
+
+WHOLE = Part()
+
+
+def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *, part: Part = WHOLE) -> Measurement:
     """Measure every usable pool row, resuming what an earlier run committed.
 
     Args:
@@ -129,6 +146,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
         out: the run folder.
         clock: timing and progress.
         at: the checkpoint of a warm-up, and what is kept of every row there; None for the navigator as it is.
+        part: which rows, and where they are kept.
 
     Returns:
         The signals and what is known of the directions.
@@ -143,7 +161,8 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
         notes += navigator.notes
         _check_fit(prepared, navigator)
     # A worker goes on when rank 0 has made the adapter, the anchors' rows and the directions, and reads them back.
-    prepared.launch.wait_open("signals" if at is None else at.signals, lambda n, tokens: clock.tick("wait", n, tokens))
+    signals = part.signals if at is None else at.signals
+    prepared.launch.wait_open(signals, lambda n, tokens: clock.tick("wait", n, tokens))
     rows = measured_rows(prepared)
     model: Any = navigator.model
     if at is not None and at.checkpoint is not None:
@@ -155,21 +174,33 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None) -
             model, remark = with_adapter(prepared, navigator, rows, out, clock)
             notes += remark
     parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
-    active = activate(prepared, navigator, model, parameters.names if gradients else (), out, clock)
+    upper = choose_upper(model, parameters, recipe.collect.layers) if gradients and recipe.collect.layers else None
+    names = () if not gradients else parameters.names if upper is None else upper.parameters.names
+    first_layer = None if upper is None else upper.first
+    active = activate(prepared, navigator, model, names, out, clock, first_layer)
     prepared, notes = active.prepared, [*notes, *active.notes]
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
     embeds = wants_embedding(prepared, out)
-    engine = GradientEngine(model, parameters.names if gradients else (), projector=projector, embedding=embeds)
-    covered = coverage(parameters, engine.blocks if gradients else parameters.names)
-    notes += _coverage_note(covered)
+    engine = GradientEngine(
+        model,
+        names,
+        projector=projector,
+        embedding=embeds,
+        edges=wants_edges(prepared, out),
+        first_layer=first_layer,
+    )
+    covered, remarks = _covered(parameters, upper, tuple(engine.blocks) if gradients else parameters.names)
+    notes += remarks
     if gradients and engine.road != "tiles":
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
     prepared, rows = told_apart(prepared, extras, rows)
-    spec = _spec(prepared, navigator, model, parameters, gradients, (*(["embedding"] if embeds else []), *extras.names))
+    rows = rows if part.ids is None else tuple(row for row in rows if row.id in part.ids)
+    more = (*(["embedding"] if embeds else []), *extras.names, *(engine.edge_norms if gradients else ()))
+    spec = _spec(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
     spec = spec if at is None else spec_at(spec, at)
-    folder = store_folder(out / ("signals" if at is None else at.signals), spec)
-    built = _directions(prepared, model, parameters, folder, clock, embeds) if gradients else []
+    folder = store_folder(out / signals, spec)
+    built = _directions(prepared, model, engine, folder, clock, embeds) if gradients else []
     attach(engine, built)
     if at is not None:
         bend_engine(engine, at)
@@ -238,6 +269,23 @@ def wants_gradients(prepared: Prepared, out: Path | None = None) -> bool:
     return out is not None and any(spec.parameters != "none" for spec in kept_specs(out / "signals"))
 
 
+def wants_edges(prepared: Prepared, out: Path) -> bool:
+    """Tell whether the gradient norms of embedding and LM head are measured where these tables are not chosen themselves.
+
+    They cost 2% to 7% of such a pass; where the tables are chosen they come with it. A folder keeps what it measures.
+
+    Args:
+        prepared: the run's inputs.
+        out: the run folder; need not exist.
+
+    Returns:
+        True where a method needs them, they are part of what is measured here, or all signals were asked for.
+    """
+    if prepared.recipe.collect.signals == "all" or prepared.method.needs.signals & set(EDGE_NORMS):
+        return True
+    return any(set(EDGE_NORMS) <= set(spec.signals) for spec in kept_specs(out / "signals"))
+
+
 def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
     """Refuse tokens that the model cannot take, before any is measured."""
     table = navigator.model.get_input_embeddings().get_parameter("weight").shape[0]
@@ -293,6 +341,21 @@ def with_adapter(
     return model, [Note("lora_warmed", text, warmed.num_rows)]
 
 
+def _covered(parameters: Parameters, upper: Upper | None, seen: Sequence[str]) -> tuple[Coverage, list[Note]]:
+    """Share of the chosen parameters that is seen; of upper layers only, those are unseen that were to be seen."""
+    if upper is None:
+        covered = coverage(parameters, seen)
+        return covered, _coverage_note(covered)
+    there = coverage(upper.parameters, seen)
+    covered = Coverage(there.num_seen, parameters.numel, there.unseen)
+    part = f"; {', '.join(upper.in_part)} by its use in the head alone" if upper.in_part else ""
+    text = (
+        f"only layers {upper.text} and what follows them were measured: {covered.share:.1%} of the chosen parameters"
+        f"{part}; gradsift doctor --layers shows how well that ranks"
+    )
+    return covered, [Note("coverage_layers", text, len(upper.parameters.names)), *_coverage_note(there)]
+
+
 def _coverage_note(covered: Coverage) -> list[Note]:
     if covered.enough:
         return []
@@ -307,14 +370,16 @@ def _spec(
     prepared: Prepared,
     navigator: Navigator,
     model: nn.Module,
-    parameters: Parameters,
+    measured: Parameters | Upper,
     gradients: bool,
     more: Sequence[str],
 ) -> GradientSpec:
     recipe = prepared.recipe
+    upper = measured if isinstance(measured, Upper) else None
+    parameters = measured.parameters if isinstance(measured, Upper) else measured
     signals = ["loss", *more]
     if gradients:
-        signals += ["grad_norm", "emb_grad_norm", "head_grad_norm", "sketch"]
+        signals += ["grad_norm", "sketch"]
         signals += ["dots"] if prepared.directions else []
     lora = gradients and parameters.kind == "lora"
     return GradientSpec(
@@ -331,11 +396,12 @@ def _spec(
         adapter_sha256=adapter_sha256(model) if lora else None,
         template_sha256=prepared.rule.template_sha256,
         dtype=recipe.navigator.dtype,
+        layers=None if upper is None else upper.text,
     )
 
 
 def _directions(
-    prepared: Prepared, model: nn.Module, parameters: Parameters, folder: Path, clock: Clock, embeds: bool
+    prepared: Prepared, model: nn.Module, engine: GradientEngine, folder: Path, clock: Clock, embeds: bool
 ) -> list[BuiltDirection]:
     recipe = prepared.recipe
     projector = Projector(recipe.seed, recipe.collect.sketch_dim)
@@ -352,13 +418,14 @@ def _directions(
                 found = build_direction(
                     source.name,
                     model,
-                    parameters.names,
+                    tuple(engine.blocks),
                     source.usable,
                     projector,
                     tokens_per_batch=recipe.collect.tokens_per_batch,
                     pad_id=prepared.pad_id,
                     tick=lambda n, tokens: clock.tick("anchors", n, tokens),
                     embedding=embeds and source is prepared.target,
+                    first_layer=engine.first_layer,
                 )
                 save_direction(found, place, digest)
             built.append(found)

@@ -86,6 +86,16 @@ class Clock:
         if told:
             self.progress.finish(name)
 
+    def add(self, other: Clock) -> None:
+        """Add what another clock of the same run has counted.
+
+        Args:
+            other: seconds and tokens per stage.
+        """
+        for mine, theirs in ((self.seconds, other.seconds), (self.tokens, other.tokens)):
+            for name, amount in theirs.items():
+                mine[name] = mine.get(name, 0) + amount  # type: ignore[assignment] - seconds to seconds, tokens to tokens
+
     def tick(self, name: str, rows: int, tokens: int) -> None:
         """Count work done in a stage.
 

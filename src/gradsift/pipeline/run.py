@@ -28,6 +28,8 @@ from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.problem import build_problem, eligible_rows
 from gradsift.pipeline.progress import Clock, Progress, Silent
 from gradsift.pipeline.proxy import NavigatorProxy
+from gradsift.pipeline.screen import Screened, measure_screened
+from gradsift.pipeline.screen_check import check_alone
 from gradsift.pipeline.serve import measure_together, needs_model
 from gradsift.recipe import Recipe, dump_recipe, parse_budget
 from gradsift.report.card import render_card
@@ -77,7 +79,8 @@ def select(
         The selection and the files.
     """
     clock = Clock(progress or Silent())
-    budget = parse_budget(recipe.budget)
+    budget = asked = parse_budget(recipe.budget)
+    check_alone(recipe, seat)
     method = make_method(recipe.method.name, recipe.method.settings)
     _check_folder(out)
     prepared = prepare(recipe, method, clock)
@@ -85,7 +88,12 @@ def select(
         design_probes(prepared, eligible_rows(prepared, None))  # refuses before a model loads
     make_folder(out)
     write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
-    measured = measure_together(prepared, out, clock, seat) if needs_model(recipe, prepared) else None
+    screened = None
+    if recipe.screen.layers is not None:
+        screened = measure_screened(prepared, budget, out, clock)
+        prepared, measured, budget = screened.prepared, screened.measured, screened.budget
+    else:
+        measured = measure_together(prepared, out, clock, seat) if needs_model(recipe, prepared) else None
     if measured is not None:
         refuse_weak(prepared, {d.name: d for d in measured.directions})
     probed = None
@@ -102,9 +110,10 @@ def select(
         selection = method.select(problem, budget, stream(recipe.seed, f"select/{method.name}"))
         notes = (*prepared.notes, *(measured.notes if measured else ()), *(probed.notes if probed else ()))
         taken = problem.proxy.notes(selection.ids) if problem.proxy else ()
-        selection = dataclasses.replace(selection, notes=(*notes, *selection.notes, *taken))
+        left = (screened.note(selection),) if screened else ()
+        selection = dataclasses.replace(selection, budget=asked, notes=(*notes, *selection.notes, *taken, *left))
     with clock.stage("write"):
-        files, manifest = _write(prepared, (measured, probed), problem, selection, out, command, clock)
+        files, manifest = _write(prepared, (measured, probed, screened), problem, selection, out, command, clock)
     return Outcome(selection, out, files, manifest)
 
 
@@ -121,14 +130,14 @@ def _check_folder(out: Path) -> None:
 
 def _write(
     prepared: Prepared,
-    found: tuple[Measurement | None, Probed | None],
+    found: tuple[Measurement | None, Probed | None, Screened | None],
     problem: Problem,
     selection: Selection,
     out: Path,
     command: str,
     clock: Clock,
 ) -> tuple[tuple[Path, ...], dict[str, Any]]:
-    measured, probed = found
+    measured, probed, screened = found
     place = out / "selection"
     make_folder(place)
     exported = write_selected(prepared.pool.pool, selection.ids, place)
@@ -157,6 +166,7 @@ def _write(
         "rows": _rows(prepared, table),
         **_measured(prepared, measured),
         "sketch": sketch_noise(problem),
+        "screen": screened.summary(selection) if screened else None,
         "probes": dict(probed.summary) if probed else None,
         "rollouts": problem.learner.summary() if problem.learner else None,
         "warmup": dict(measured.warmup) if measured is not None and measured.warmup else None,

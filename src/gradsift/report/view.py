@@ -32,6 +32,7 @@ MEANING = {
     RowStatus.ZERO_GRAD: "its gradient is zero, so it has no direction",
     RowStatus.OOM_AT_1: "did not fit into memory even alone",
     RowStatus.WORKER_CRASH: "the process that measured it died",
+    RowStatus.SCREENED_OUT: "left out by the screen, not measured exactly",
 }
 LOW_COVERAGE = 0.95
 

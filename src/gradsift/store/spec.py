@@ -64,6 +64,7 @@ class GradientSpec:
         reduction: how token losses become a row's loss.
         direction: what the gradient is turned into.
         truncation: which end of a long row is kept.
+        layers: upper decoder layers that were measured, with the backward stopped below them; None for the whole model.
     """
 
     parameters: str
@@ -82,6 +83,7 @@ class GradientSpec:
     reduction: str = "mean"
     direction: str = "raw"
     truncation: str = "keep_start"
+    layers: str | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted({s for s in self.signals if s not in SIGNALS and not EXTRA_SIGNALS.fullmatch(s)})
@@ -135,6 +137,8 @@ class GradientSpec:
             elif field.name == "projection":
                 parts = {} if value is None else dataclasses.asdict(value)
                 flat.update({f"projection.{name}": part for name, part in parts.items()})
+            elif field.name == "layers" and value is None:
+                continue  # stores from before there were shares keep their key
             else:
                 flat[field.name] = list(value) if isinstance(value, tuple) else value
         return flat

@@ -235,8 +235,7 @@ def test_a_block_equals_plain_arithmetic(data):
     from gradsift.gradients import blocks
 
     block = blocks.make_block("w", rows, cols, projector, dtype=torch.float64, device=torch.device("cpu"))
-    signs = block.row_sign[:, None] * block.col_sign
-    block.directions = (directions.view(2, rows, cols) * signs).reshape(2, -1)
+    block.directions = directions
     totals = Totals(torch.zeros(num, 2).double(), torch.zeros(num).double(), torch.zeros(num, dim).double())
     tile, chunk = draw(st.sampled_from([(4, 1), (16, 2), (1 << 16, 8)]))
     with pytest.MonkeyPatch.context() as patch:

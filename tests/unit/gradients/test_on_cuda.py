@@ -56,8 +56,7 @@ def block_of(rows, cols, count, seed, projector=None, road="torch"):
     block = make_block("w", rows, cols, projector, dtype=torch.float64, device=CPU)
     block.road = road
     matrices = torch.from_numpy(np.random.default_rng(seed + 9).standard_normal((count, rows, cols)))
-    stored = matrices if block.row_sign is None else matrices * block.row_sign[:, None] * block.col_sign
-    block.directions = stored.flatten(1) if count else None
+    block.directions = matrices.flatten(1) if count else None
     return block, matrices
 
 

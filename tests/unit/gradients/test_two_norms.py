@@ -13,6 +13,7 @@ from torch import nn
 
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient
+from gradsift.gradients.project import Projector
 
 E = [[0.5, -0.2], [0.1, 0.3], [-0.4, 0.2], [0.2, 0.1]]
 W = [[0.3, 0.1], [-0.2, 0.4], [0.1, -0.3], [0.0, 0.2]]
@@ -118,3 +119,65 @@ def test_norms_do_not_depend_on_neighbors_or_order():
             for name in ("emb_norm", "head_norm"):
                 want = float(getattr(alone, name)[0])
                 np.testing.assert_allclose([getattr(together, name)[b], getattr(turned, name)[2 - b]], want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_without_edges_the_pass_is_the_same_and_ends_at_the_lowest_chosen_weight(lora):
+    torch.manual_seed(1)
+    model = granite(False).double()
+    if lora:
+        from gradsift.models.adapter import attach_lora
+        from gradsift.recipe import LoraConfig
+
+        model = attach_lora(model, LoraConfig(rank=2, alpha=4.0), 0)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.1)
+    names = [n for n, _ in model.named_parameters() if ("lora_" in n if lora else "layers.1.mlp" in n)]
+    ids, labels, lengths = batch([9, 6, 12])
+    got, reached = {}, {}
+    for edges in (True, False):
+        engine = GradientEngine(model, names, projector=Projector(7, 61), edges=edges)
+        below: list[bool] = []
+        look = model.get_input_embeddings().register_forward_hook(
+            lambda *a, below=below: below.append(a[2].requires_grad)
+        )
+        with engine:
+            got[edges] = engine.measure(ids, labels, lengths)
+        look.remove()
+        reached[edges] = below
+    assert engine.edge_norms == ()
+    assert torch.isnan(got[False].emb_norm).all()
+    assert torch.isnan(got[False].head_norm).all()
+    assert torch.isfinite(got[True].emb_norm).all()
+    assert torch.isfinite(got[True].head_norm).all()
+    assert torch.allclose(got[True].square, got[False].square, rtol=1e-12)
+    assert torch.allclose(got[True].sketch, got[False].sketch, rtol=1e-9, atol=1e-12)
+    for b, n in enumerate(lengths.tolist()):
+        want = example_gradient(model, names, ids[b, :n], labels[b, :n])
+        square = sum(float(g.double().square().sum()) for g in want.by_name.values())
+        assert float(got[False].square[b]) == pytest.approx(square, rel=1e-9)
+    assert reached[False] == [False], "no gradient is to go down to the embedding"
+
+
+def test_chosen_tables_bring_their_norms_without_being_asked():
+    torch.manual_seed(1)
+    model = granite(False).double()
+    ids, labels, lengths = batch([9, 6])
+    for chosen, named in (
+        (["lm_head.weight"], ("head_grad_norm",)),
+        (["model.embed_tokens.weight"], ("emb_grad_norm",)),
+    ):
+        full, bare = GradientEngine(model, chosen), GradientEngine(model, chosen, edges=False)
+        assert full.edge_norms == ("emb_grad_norm", "head_grad_norm")
+        assert bare.edge_norms == named
+        with full:
+            want = full.measure(ids, labels, lengths)
+        with bare:
+            got = bare.measure(ids, labels, lengths)
+        for name, norm in (("emb_grad_norm", "emb_norm"), ("head_grad_norm", "head_norm")):
+            if name in named:
+                assert torch.allclose(getattr(got, norm), getattr(want, norm), rtol=1e-12)
+            else:
+                assert torch.isnan(getattr(got, norm)).all()

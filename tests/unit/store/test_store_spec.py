@@ -31,6 +31,7 @@ CHANGES = {
     "reduction": "sum",
     "direction": "sign",
     "truncation": "keep_end",
+    "layers": "23 to 30 of 30",
     "projection.dim": Projection(13, 42, "signfold-1"),
     "projection.seed": Projection(DIM, 43, "signfold-1"),
     "projection.version": Projection(DIM, 42, "signfold-2"),

@@ -1,0 +1,380 @@
+"""How well upper layers rank, and what they cost: each share beside all layers and plain training steps, on real rows (ours).
+
+Every micro-batch is run by every arm, in rotating order, so that all see the same machine: plain forward and backward,
+the collector over all layers, the collector over each share. Costs are process CPU seconds over those of the plain arm;
+logits exist at supervised positions only in all arms. Ranks are Spearman correlations with what all layers say of the
+same rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsift.data.batches import Tokens, collate, plan_batches
+from gradsift.errors import ConfigError
+from gradsift.evaluate.ranks import Correlation, spearman_interval
+from gradsift.gradients.directions import BuiltDirection, build_direction
+from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.project import Projector
+from gradsift.gradients.upper import Upper, choose_upper
+from gradsift.methods import make_method
+from gradsift.models.adapter import attach_lora
+from gradsift.models.load import load_navigator
+from gradsift.models.parameters import Parameters, choose_parameters
+from gradsift.pipeline.prepare import Prepared, prepare
+from gradsift.pipeline.progress import Clock, Progress
+from gradsift.recipe import Recipe
+from gradsift.seeds import stream
+from gradsift.types import TokenRow
+
+SHARES = ("12.5%", "25%", "50%", "75%")
+ENOUGH = 0.9  # rank correlation from which a share may stand for all layers
+LEAST_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A cost over that of another arm, on the same micro-batches.
+
+    Args:
+        median: over rounds.
+        low: least of them.
+        high: largest of them.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ShareLine:
+    """One share of the layers.
+
+    Args:
+        share: as asked; ``all`` for all layers and the embedding.
+        layers: which layers, in words.
+        coverage: share of the chosen parameters that it measures.
+        cost: CPU seconds over plain forward and backward that trains the chosen parameters.
+        cost_whole: the same over one that trains all weights; equal to ``cost`` where all are chosen.
+        ranks: direction's name, or ``norm`` -> Spearman's correlation with all layers; empty for all layers themselves.
+    """
+
+    share: str
+    layers: str
+    coverage: float
+    cost: Ratio
+    cost_whole: Ratio
+    ranks: Mapping[str, Correlation]
+
+    @property
+    def least(self) -> float:
+        """Smallest of its rank correlations, 1 for all layers."""
+        return min((rank.rho for rank in self.ranks.values()), default=1.0)
+
+
+@dataclass(frozen=True)
+class ShareTable:
+    """All shares, cheapest first, and what to do.
+
+    Args:
+        lines: shares as asked, then all layers.
+        num_rows: rows that were measured.
+        num_tokens: their tokens.
+        num_rounds: groups of micro-batches that medians are taken over.
+        plain_seconds: CPU seconds of the plain arm that trains the chosen parameters.
+        whole_seconds: of the one that trains all weights.
+    """
+
+    lines: tuple[ShareLine, ...]
+    num_rows: int
+    num_tokens: int
+    num_rounds: int
+    plain_seconds: float
+    whole_seconds: float
+
+    @property
+    def recommended(self) -> ShareLine | None:
+        """The cheapest share whose every rank correlation reaches :data:`ENOUGH`, or None."""
+        good = [line for line in self.lines if line.ranks and line.least >= ENOUGH]
+        return min(good, key=lambda line: line.cost.median) if good else None
+
+    @property
+    def advice(self) -> str:
+        """What to do, in a sentence or two."""
+        best = self.recommended
+        if best is None:
+            top = max((line for line in self.lines if line.ranks), key=lambda line: line.least)
+            return (
+                f"no share ranks as all layers do to {ENOUGH}: the best, {top.share}, reaches {top.least:.2f} at "
+                f"{top.cost.median:.2f}x of a plain step; measure all layers, or screen and certify with --screen"
+            )
+        rank = min(best.ranks.values(), key=lambda one: one.rho)
+        return (
+            f"--layers {best.share} ranks as all layers do to {rank.rho:.2f} [{rank.low:.2f}, {rank.high:.2f}] or better, "
+            f"at {best.cost.median:.2f}x of a plain step"
+        )
+
+
+@dataclass
+class _Arm:
+    """One way to run a micro-batch."""
+
+    key: str
+    step: Callable[[Tokens], Any]
+    seconds: list[float]
+    upper: Upper | None = None
+
+
+def measure_shares(
+    recipe: Recipe, progress: Progress, *, shares: Sequence[str] = SHARES, num_rows: int = 64, num_rounds: int = 5
+) -> ShareTable:
+    """Measure cost and ranks of some shares on rows of the pool, drawn by id.
+
+    Args:
+        recipe: pool, anchors, target, navigator and data settings of the planned run.
+        progress: who is told.
+        shares: values of ``collect.layers``.
+        num_rows: rows to draw; all where there are fewer.
+        num_rounds: groups that the micro-batches are dealt into, short and long ones in each; fewer where there are fewer.
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: there is no direction to rank by, or fewer than 10 rows.
+    """
+    clock = Clock(progress)
+    recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"layers": None})})
+    prepared = prepare(recipe, make_method(recipe.method.name, recipe.method.settings), clock)
+    rows = _draw(prepared, num_rows)
+    with clock.stage("load"):
+        navigator = load_navigator(prepared.resolved, dtype=recipe.navigator.dtype, device=recipe.navigator.device)
+    model: Any = navigator.model
+    if recipe.navigator.parameters == "lora":
+        model = attach_lora(model, recipe.navigator.lora, recipe.seed)
+    parameters = choose_parameters(model, recipe.navigator.parameters)
+    uppers = [choose_upper(model, parameters, share) for share in shares]
+    with clock.stage("anchors", sum(row.num_tokens for source in prepared.directions for row in source.usable)):
+        engines = _engines(prepared, model, parameters, uppers, clock)
+    batches = plan_batches(rows, range(len(rows)), recipe.collect.tokens_per_batch)
+    num_rounds = min(num_rounds, len(batches))
+    arms = [_Arm("plain", lambda tokens: plain_step(model, parameters.names, tokens), [])]
+    if recipe.navigator.parameters == "lora":
+        arms.append(_Arm("whole", lambda tokens: _without_adapter(model, tokens), []))
+    arms += [_Arm(key, engine_step(engine), [], upper)
+             for key, engine, upper in zip(("all", *shares), engines, (None, *uppers), strict=True)]  # fmt: skip
+    with clock.stage("shares", len(arms) * sum(row.num_tokens for row in rows)):
+        found = _run(arms, rows, batches, num_rounds, prepared.pad_id, clock)
+    return _table(arms, found, parameters, prepared, rows, num_rounds)
+
+
+def plain_step(model: nn.Module, names: Sequence[str], tokens: Tokens) -> float:
+    """Run an ordinary forward and backward of the sum of the rows' mean losses, with logits at supervised positions only.
+
+    Args:
+        model: a frozen causal language model; frozen again and without gradients afterwards.
+        names: parameters that get a gradient.
+        tokens: a micro-batch.
+
+    Returns:
+        The summed loss.
+    """
+    device = next(model.parameters()).device
+    input_ids, labels = tokens.input_ids.to(device), tokens.labels.to(device)
+    supervised = labels[:, 1:] != -100
+    chosen = set(names)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+
+    def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][:, :-1][supervised][None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits[0]
+        nats = nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="none")
+        share = 1 / supervised.sum(1).repeat_interleave(supervised.sum(1))
+        loss = (nats * share).sum()
+        loss.backward()
+        return float(loss.detach())
+    finally:
+        handle.remove()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _without_adapter(model: Any, tokens: Tokens) -> float:
+    names = [name for name, _ in model.named_parameters() if ".lora_" not in name]
+    with model.disable_adapter():
+        return plain_step(model, names, tokens)
+
+
+def engine_step(engine: GradientEngine) -> Callable[[Tokens], tuple[Float[np.ndarray, "B M"], Float[np.ndarray, " B"]]]:
+    """Make the collector's arm.
+
+    Args:
+        engine: with directions, entered only while it measures, since the arms share one model.
+
+    Returns:
+        Micro-batch -> dots and norms.
+    """
+
+    def step(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        with engine:
+            got = engine.measure(tokens.input_ids.to(engine.device), tokens.labels.to(engine.device), tokens.lengths)
+        return got.dots.numpy(), got.square.clamp_min(0).sqrt().numpy()
+
+    return step
+
+
+def _draw(prepared: Prepared, count: int) -> list[TokenRow]:
+    rows = sorted(prepared.pool.usable, key=lambda row: row.id)
+    if not prepared.directions or min(count, len(rows)) < LEAST_ROWS:
+        raise ConfigError(
+            "shares are compared by cosines on some rows",
+            where="gradsift doctor --layers",
+            got=f"{min(count, len(rows))} rows, {len(prepared.directions)} directions",
+            expected=f"at least {LEAST_ROWS} rows of the pool, and a target or an anchor",
+            do="give --target or --anchor, and more rows with --rows",
+        )
+    draws = stream(prepared.recipe.seed, "shares").uniform([row.id for row in rows])
+    drawn = [rows[i] for i in np.argsort(draws, kind="stable")[:count]]
+    return sorted(drawn, key=lambda row: (row.num_tokens, row.id))
+
+
+def _engines(
+    prepared: Prepared, model: nn.Module, parameters: Parameters, uppers: Sequence[Upper], clock: Clock
+) -> list[GradientEngine]:
+    """The whole collector, then one per share; a direction that both have is one tensor.
+
+    A share's direction is the whole one's part, which differs from its own unit direction by a factor that is the same for
+    every row. A tied weight's part is that of the head, and is built apart.
+    """
+    recipe = prepared.recipe
+    projector = Projector(recipe.seed, recipe.collect.sketch_dim)
+
+    def build(names: Sequence[str], first: int | None) -> list[BuiltDirection]:
+        return [
+            build_direction(
+                source.name,
+                model,
+                names,
+                source.usable,
+                projector,
+                tokens_per_batch=recipe.collect.tokens_per_batch,
+                pad_id=prepared.pad_id,
+                first_layer=first,
+                tick=lambda n, tokens: clock.tick("anchors", n, tokens),
+            )
+            for source in prepared.directions
+        ]
+
+    whole = GradientEngine(model, parameters.names, projector=projector)
+    built = build(parameters.names, None)
+    in_part = sorted({name for upper in uppers for name in upper.in_part})
+    heads = build(in_part, uppers[0].num_layers - 1) if in_part else []
+    _point(whole, {name: [d.matrices[name] for d in built] for name in whole.blocks})
+    engines = [whole]
+    for upper in uppers:
+        engine = GradientEngine(model, upper.parameters.names, projector=projector, first_layer=upper.first)
+        for name, block in engine.blocks.items():
+            if name not in in_part:
+                block.directions = whole.blocks[name].directions
+        own = {name: [h.matrices[name] * (h.norm / d.norm) for h, d in zip(heads, built, strict=True)]
+               for name in upper.in_part}  # fmt: skip
+        _point(engine, own)
+        engines.append(engine)
+    return engines
+
+
+def _point(engine: GradientEngine, matrices: Mapping[str, Sequence[Tensor]]) -> None:
+    for name, some in matrices.items():
+        engine.blocks[name].directions = engine.flatten(name, some)
+    engine.num_directions = next(
+        block.directions.shape[0] for block in engine.blocks.values() if block.directions is not None
+    )
+
+
+def _run(
+    arms: Sequence[_Arm],
+    rows: Sequence[TokenRow],
+    batches: Sequence[Sequence[int]],
+    rounds: int,
+    pad_id: int,
+    clock: Clock,
+) -> dict[str, tuple[Float[np.ndarray, "n M"], Float[np.ndarray, " n"]]]:
+    """Run every micro-batch by every arm; CPU seconds go to the arms, cosines up to a factor and norms are returned."""
+    for arm in arms:
+        arm.seconds[:] = [0.0] * rounds
+        arm.step(collate(rows, batches[0], pad_id))  # nothing is built inside a timer
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {arm.key: [] for arm in arms}
+    for number, batch in enumerate(batches):
+        tokens = collate(rows, batch, pad_id)
+        shift = (number * 3) % len(arms)  # a stride, so that no arm always follows the same one
+        for arm in (*arms[shift:], *arms[:shift]):
+            begun = time.process_time()
+            got = arm.step(tokens)
+            arm.seconds[number % rounds] += time.process_time() - begun
+            found[arm.key].append(got)
+            clock.tick("shares", 0, int(tokens.lengths.sum()))
+    out = {}
+    for arm in arms:
+        if arm.key not in ("plain", "whole"):
+            norm = np.concatenate([n for _, n in found[arm.key]])
+            out[arm.key] = (np.concatenate([d for d, _ in found[arm.key]]) / norm[:, None], norm)
+    return out
+
+
+def _table(
+    arms: Sequence[_Arm],
+    found: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    parameters: Parameters,
+    prepared: Prepared,
+    rows: Sequence[TokenRow],
+    rounds: int,
+) -> ShareTable:
+    by_key = {arm.key: arm for arm in arms}
+    plain, whole = by_key["plain"], by_key.get("whole", by_key["plain"])
+    truth, norm = found["all"]
+    names = [source.name for source in prepared.directions]
+    lines = []
+    for arm in arms:
+        if arm.key in ("plain", "whole"):
+            continue
+        cos, length = found[arm.key]
+        ranks = {} if arm.upper is None else {
+            **{name: spearman_interval(cos[:, j], truth[:, j]) for j, name in enumerate(names)},
+            "norm": spearman_interval(length, norm),
+        }  # fmt: skip
+        seen = parameters.numel if arm.upper is None else arm.upper.parameters.numel
+        layers = "all, and the embedding" if arm.upper is None else arm.upper.text
+        lines.append(ShareLine(arm.key, layers, seen / parameters.numel, ratio(arm, plain), ratio(arm, whole), ranks))
+    lines = [*lines[1:], lines[0]]
+    return ShareTable(
+        tuple(lines), len(rows), sum(row.num_tokens for row in rows), rounds, sum(plain.seconds), sum(whole.seconds)
+    )
+
+
+def ratio(arm: Any, against: Any) -> Ratio:
+    """Divide the seconds of two arms round by round.
+
+    Args:
+        arm: has ``seconds``, one entry a round.
+        against: likewise.
+
+    Returns:
+        Median, least and largest.
+    """
+    ratios = [a / b for a, b in zip(arm.seconds, against.seconds, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
