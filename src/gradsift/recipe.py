@@ -104,6 +104,7 @@ class CollectConfig(Strict):
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
         abort_share: share of non-finite rows above which the run stops.
+        check_disk: refuse to begin when the signals will not fit on the disk.
     """
 
     sketch_dim: int = Field(default=4093, ge=2)
@@ -112,6 +113,7 @@ class CollectConfig(Strict):
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"
     abort_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    check_disk: bool = True
 
 
 class ProbeConfig(Strict):

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "store"))
 
 from store_world import SPEC, fill, make_ids, memory_folder, read, truth
 
+from gradsift.errors import StoreError
+
 _write, _open = os.write, os.open
 CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "ftruncate", "pwrite")
 
@@ -61,7 +63,11 @@ def judge(folder: Path, rows: int) -> list[str]:
     """What is wrong with a store after a kill; rows may be missing, nothing else."""
     if not (folder / "store" / "spec.json").exists():
         return ["acknowledged rows without a store"] if lines(folder / "acknowledged") else []
-    found, good = read(folder / "store", SPEC), truth(make_ids(rows))
+    good = truth(make_ids(rows))
+    try:
+        found = read(folder / "store", SPEC)
+    except StoreError as error:
+        return [f"refused: {error.what}"]
     lost = set(lines(folder / "acknowledged")) - set(found)
     changed = [name for name in found if found[name] != good[name]]
     return [f"lost {sorted(lost)[:3]}"] * bool(lost) + [f"changed {changed[:3]}"] * bool(changed)
@@ -120,13 +126,16 @@ def sweep(rows: int, rows_per_shard: int, half: bool) -> Iterator[dict]:
             if not died:
                 return
             faults = judge(folder, rows)
-            # The second run dies too, at a point of its own, and only the third one may finish.
-            crash_once(folder, rows, rows_per_shard, (point * 7) % 23, half)
-            faults += judge(folder, rows)
-            collect(folder, rows, rows_per_shard)
-            faults += judge(folder, rows)
-            if read(folder / "store", SPEC) != truth(make_ids(rows)):
-                faults.append("not the store of an uninterrupted run")
+            try:
+                # The second run dies too, at a point of its own, and only the third one may finish.
+                crash_once(folder, rows, rows_per_shard, (point * 7) % 23, half)
+                faults += judge(folder, rows)
+                collect(folder, rows, rows_per_shard)
+                faults += judge(folder, rows)
+                if read(folder / "store", SPEC) != truth(make_ids(rows)):
+                    faults.append("not the store of an uninterrupted run")
+            except (RuntimeError, StoreError) as error:
+                faults.append(f"the next run fails: {str(error).splitlines()[0]}")
             leftovers = [p.name for p in folder.rglob("*.tmp")]
             faults += [f"leftovers {leftovers}"] * bool(leftovers)
             again = len(lines(folder / "measured")) - rows

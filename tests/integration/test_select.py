@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ import yaml
 from tests.rows import chat, some_rows, world, write_jsonl
 
 from gradsift import select
-from gradsift.errors import ConfigError, DataError, GradsiftError, SpecError
+from gradsift.errors import ConfigError, DataError, DiskFullError, GradsiftError, SpecError
 from gradsift.recipe import build_recipe
 from gradsift.types import RowStatus
 
@@ -172,6 +173,22 @@ def test_copies_are_dropped_or_share_the_signals_of_the_first(tmp_path, navigato
     ids, loss = table["id"].to_pylist(), table["loss"].to_pylist()
     assert ids[10:] == [f"{ids[2]}-2", f"{ids[2]}-3"]
     assert loss[2] == loss[10] == loss[11]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_measured(tmp_path, navigator, monkeypatch):
+    files = world(tmp_path)
+    real = os.statvfs
+
+    def small(folder):
+        found = real(folder)
+        return SimpleNamespace(f_frsize=found.f_frsize, f_bavail=3)
+
+    monkeypatch.setattr(os, "statvfs", small)
+    with pytest.raises(DiskFullError, match="24 rows") as caught:
+        run(files, tmp_path / "run", navigator)
+    assert caught.value.exit_code == 28
+    assert list(tmp_path.glob("run/signals/*/ledger/*")) == []
+    assert run(files, tmp_path / "run", navigator, settings={"collect.check_disk": False}).ids
 
 
 def test_a_bad_row_costs_itself_alone(tmp_path, navigator):

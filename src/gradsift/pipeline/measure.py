@@ -55,6 +55,7 @@ from gradsift.pipeline.warm import (
     train_navigator,
 )
 from gradsift.seeds import stream
+from gradsift.store.room import refuse_if_it_does_not_fit
 from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore, open_store
 from gradsift.store.spec import GradientSpec, Projection, kept_specs, store_folder
@@ -446,11 +447,13 @@ def _collect(
         return
     with open_writer(folder, spec, made_by=made_by) as writer, run.engine:
         _adopt_left(bench, writer, clock)
-        done = writer.committed_ids()
-        _refuse_removed(prepared, set(done), folder)
+        done = _committed(prepared, writer, folder)
         todo = sum(row.num_tokens for row in rows if row.id not in done)
         if done:
             clock.progress.say(f"resuming: {len(done)} of {len(rows)} rows were measured before")
+        if recipe.collect.check_disk:
+            left = [row.id for row in rows if row.id not in done]
+            refuse_if_it_does_not_fit(folder, spec, left, recipe.collect.rows_per_shard, widths=_widths(run, spec))
         with clock.stage("collect", todo):
 
             def after() -> None:
@@ -471,9 +474,19 @@ def _adopt_left(bench: Bench, writer: SignalWriter, clock: Clock) -> None:
         clock.progress.say(f"refused the staged shard {unit}: {why}; its rows are measured again")
 
 
-def _refuse_removed(prepared: Prepared, committed: set[str], folder: Path) -> None:
-    gone = sorted(committed - {row.id for row in prepared.pool.tokens})
-    if gone:
+def _widths(run: Pass, spec: GradientSpec) -> dict[str, int]:
+    """Lengths of the vectors beside the sketch."""
+    config = run.engine.model.config
+    size = int(getattr(config, "hidden_size", getattr(config, "n_embd", 1024)))
+    return {name: size for name in spec.signals if name == "embedding" or name.startswith("hidden_")}
+
+
+def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> set[str]:
+    """Give the ids of the pool's rows that are committed; refuse where more is committed than the pool holds."""
+    ids = [row.id for row in prepared.pool.tokens]
+    done = {row for row, content in zip(ids, writer.contents(ids), strict=True) if content is not None}
+    if len(done) < len(writer.committed_ids()):
+        gone = sorted(set(writer.committed_ids()) - done)
         raise DataError(
             "rows that were measured earlier are no longer in the pool",
             where=str(folder),
@@ -481,6 +494,7 @@ def _refuse_removed(prepared: Prepared, committed: set[str], folder: Path) -> No
             expected="the same rows, or more of them",
             do="use another --out, or restore the pool file",
         )
+    return done
 
 
 def _noise(run: Pass, rows: Sequence[TokenRow], store: SignalStore, folder: Path, seed: int) -> Noise:

@@ -152,6 +152,35 @@ def read_ledger(folder: Path, spec_key: str) -> Ledger:
     return Ledger(tuple(records), tuple(damaged))
 
 
+def read_record(folder: Path, unit: str) -> Record:
+    """Read one commit record that is known to be there.
+
+    Args:
+        folder: the store's folder.
+        unit: the shard.
+
+    Returns:
+        The record.
+
+    Raises:
+        StoreError: it cannot be read, or its seal is broken by now.
+    """
+    path = folder / LEDGER / f"{unit}{RECORD_SUFFIX}"
+    try:
+        record = decode_record(path.read_bytes())
+    except OSError as error:
+        raise read_error(error, path) from error
+    if record is None or record.unit != unit:
+        raise StoreError(
+            "a commit record has changed since the store was opened",
+            where=str(path),
+            got="a broken seal",
+            expected="the bytes that were committed",
+            do="run gradsift verify, then the same command again",
+        )
+    return record
+
+
 def damage(folder: Path, record: Record, name: str, got: str, expected: str) -> StoreError:
     """Describe a damaged shard file and what to do about it.
 

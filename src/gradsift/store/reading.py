@@ -109,11 +109,40 @@ def decode_rows(folder: Path, record: Record, spec: GradientSpec) -> RowTable:
             columns={c: _numbers(table, c, np.float64) for c in COLUMNS},
             dots=_stack([_numbers(table, f"dot_{d}", np.float64) for d in spec.directions], len(text["id"])),
         )
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:  # Arrow raises OSError of its own
         raise damage(folder, record, name, f"{type(error).__name__}: {error}", "a row table of this version") from error
     if len(rows.ids) != record.num_rows or unit_name(rows.ids, rows.content_hashes) != record.unit:
         raise damage(folder, record, name, f"{len(rows.ids)} other rows", f"the {record.num_rows} rows it is named for")
     return rows
+
+
+def read_ids(folder: Path, record: Record) -> list[str]:
+    """Read only the ids of a shard's rows; the whole file is checked against the record.
+
+    Args:
+        folder: the store's folder.
+        record: the shard's record.
+
+    Returns:
+        The ids in the shard's order.
+
+    Raises:
+        StoreError: the file is damaged or holds another number of rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = rows_file(record.unit)
+    if name not in record.files:
+        raise damage(folder, record, name, "no row table in the record", "one row table")
+    data = read_checked(folder, record, name)
+    try:
+        ids = pq.ParquetFile(pa.BufferReader(data)).read(["id"], use_threads=False)["id"].to_pylist()
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        raise damage(folder, record, name, f"{type(error).__name__}: {error}", "a row table of this version") from error
+    if len(ids) != record.num_rows or not all(isinstance(row, str) for row in ids):
+        raise damage(folder, record, name, f"{len(ids)} other rows", f"the {record.num_rows} rows it is named for")
+    return ids
 
 
 def _numbers(table: pa.Table, name: str, dtype: Any) -> np.ndarray:
@@ -190,6 +219,6 @@ def _map_array(folder: Path, record: Record, name: str, dtype: str) -> tuple[np.
         array = np.load(folder / SHARDS / name, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise damage(folder, record, name, "no such file", "an array") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy parses the header as Python; a hostile one fails in whatever way it likes
         raise damage(folder, record, name, f"{type(error).__name__}: {error}", f"an array of {dtype}") from error
     return array, name

@@ -121,7 +121,7 @@ def adopt_staged(
         elif why or rows is None:
             refused[record.unit] = why
         else:
-            writer.adopt(record, rows.ids, rows.content_hashes, lambda r=record: _put(writer.folder, r))
+            writer.adopt(record, rows.ids, lambda r=record: _put(writer.folder, r))
             units.append(record.unit)
             num_rows += record.num_rows
         if record.unit not in refused:
@@ -149,8 +149,7 @@ def _misfit(rows: RowTable | None, contents: Mapping[str, str], writer: SignalWr
     if rows is None:
         return "no rows"
     pairs = list(zip(rows.ids, rows.content_hashes, strict=True))
-    committed = writer.committed_ids()
-    num_done = sum(committed.get(name) == content for name, content in pairs)
+    num_done = sum(old == content for old, (_, content) in zip(writer.contents(rows.ids), pairs, strict=True))
     if num_done == len(pairs):
         return "repeated"
     if num_done:

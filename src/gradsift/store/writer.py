@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import TMP_SUFFIX, fsync_folder, make_folder, write_bytes_atomic, write_error, write_file
+from gradsift.store.index import RowIndex
 from gradsift.store.ledger import (
     LEDGER,
     QUARANTINE,
@@ -29,10 +30,11 @@ from gradsift.store.ledger import (
     damage,
     encode_record,
     read_ledger,
+    read_record,
 )
 from gradsift.store.lock import Lock, take_lock
-from gradsift.store.reading import decode_rows
-from gradsift.store.shards import ShardResult, encode_shard, make_record
+from gradsift.store.reading import decode_rows, read_ids
+from gradsift.store.shards import ShardResult, encode_shard, make_record, unit_name
 from gradsift.store.spec import SPEC_FILE, GradientSpec, compare, encode_spec, read_spec
 
 
@@ -82,16 +84,32 @@ class SignalWriter:
     ) -> None:
         self.folder, self.spec, self.cleaned = folder, spec, cleaned
         self._lock, self._made_by, self._failed = lock, dict(made_by), False
-        self._committed: dict[str, str] = {}
+        # Per row 8 bytes, per shard its name: whatever else is asked is read from the shard, checked.
+        self._units: dict[str, int] = {}
+        self._rows = RowIndex(lambda shard: self._read_contents(list(self._units)[shard]))
         self._status: Counter[str] = Counter()
 
     def committed_ids(self) -> Mapping[str, str]:
-        """Tell what need not be measured again.
+        """Tell what need not be measured again; for many rows :meth:`contents` is far faster.
 
         Returns:
-            Row id -> content hash, read-only, growing with every commit.
+            Row id -> content hash, read-only, growing with every commit; read from the row tables when asked.
         """
-        return MappingProxyType(self._committed)
+        return self._rows
+
+    def contents(self, ids: Sequence[str]) -> list[str | None]:
+        """Look up committed rows, reading each shard that holds some of them once.
+
+        Args:
+            ids: n row ids.
+
+        Returns:
+            Per row the content hash that is committed, or None where it is not committed.
+
+        Raises:
+            StoreError: a row table is damaged.
+        """
+        return self._rows.find(ids)
 
     def missing(self, ids: Sequence[str], content_hashes: Sequence[str]) -> Int[np.ndarray, " k"]:
         """Tell which rows must still be measured.
@@ -106,9 +124,12 @@ class SignalWriter:
         Raises:
             SpecError: a row is committed with other content.
         """
+        # A shard is named after its rows and their contents: one that is committed whole needs no look into it.
+        if unit_name(tuple(ids), tuple(content_hashes)) in self._units:
+            return np.zeros(0, dtype=np.int64)
         rows = []
-        for row, (name, content) in enumerate(zip(ids, content_hashes, strict=True)):
-            old = self._committed.get(name)
+        found = self._rows.find(ids)
+        for row, (name, content, old) in enumerate(zip(ids, content_hashes, found, strict=True)):
             if old is None:
                 rows.append(row)
             elif old != content:
@@ -155,31 +176,29 @@ class SignalWriter:
         fsync_folder(self.folder / SHARDS)
         write_bytes_atomic(self.folder / LEDGER / f"{record.unit}{RECORD_SUFFIX}", encode_record(record))
         self._failed = False
-        self._remember(part.ids, part.content_hashes, record)
+        self._remember(part.ids, record)
         self._lock.beat()
         return Committed(record.unit, len(part.ids), len(result.ids) - len(part.ids))
 
-    def adopt(
-        self, record: Record, ids: tuple[str, ...], content_hashes: tuple[str, ...], put: Callable[[], None]
-    ) -> None:
+    def adopt(self, record: Record, ids: tuple[str, ...], put: Callable[[], None]) -> None:
         """Commit a shard that another process measured and the caller has verified (:mod:`gradsift.store.staging`).
 
         Args:
             record: its record, as staged.
             ids: its row ids; none of them committed.
-            content_hashes: their content hashes.
             put: gives the shard's files their place under ``shards``; they are durable already.
 
         Raises:
             StoreError: the disk reports an error, the writer is closed, or an earlier commit failed.
         """
         self._refuse_closed()
+        self._refuse_twice(ids, record.unit)
         self._failed = True  # as in commit
         put()
         fsync_folder(self.folder / SHARDS)
         write_bytes_atomic(self.folder / LEDGER / f"{record.unit}{RECORD_SUFFIX}", encode_record(record))
         self._failed = False
-        self._remember(ids, content_hashes, record)
+        self._remember(ids, record)
         self._lock.beat()
 
     def close(self) -> None:
@@ -203,17 +222,38 @@ class SignalWriter:
                 do="run the same command again: what was committed is kept",
             )
 
-    def _remember(self, ids: tuple[str, ...], content_hashes: tuple[str, ...], record: Record) -> None:
-        for name, content in zip(ids, content_hashes):
-            if name in self._committed:
-                raise StoreError(
-                    "a row is committed twice",
-                    where=f"row {name}, again in shard {record.unit}",
-                    expected="one shard per row",
-                    do=f"delete {self.folder} and run the same command again",
-                )
-            self._committed[name] = content
+    def _refuse_twice(self, ids: tuple[str, ...], unit: str) -> None:
+        for name, old in zip(ids, self._rows.find(ids)):
+            if old is not None:
+                raise _twice(name, unit, self.folder)
+
+    def _remember(self, ids: tuple[str, ...], record: Record) -> None:
+        self._units[record.unit] = len(self._units)
+        self._rows.add(ids)
         self._status.update(record.status)
+
+    def _take_in(self, records: Sequence[Record]) -> None:
+        """Learn what is committed; every shard's files must be there and its row table must be whole."""
+        self._units = {record.unit: number for number, record in enumerate(records)}
+        for record in records:
+            _check_sizes(self.folder, record)
+            self._status.update(record.status)
+        twice = self._rows.fill(read_ids(self.folder, record) for record in records)
+        if twice is not None:
+            raise _twice(twice[0], records[twice[2]].unit, self.folder)
+
+    def _read_contents(self, unit: str) -> Mapping[str, str]:
+        rows = decode_rows(self.folder, read_record(self.folder, unit), self.spec)
+        return dict(zip(rows.ids, rows.content_hashes))
+
+
+def _twice(row: str, unit: str, folder: Path) -> StoreError:
+    return StoreError(
+        "a row is committed twice",
+        where=f"row {row}, again in shard {unit}",
+        expected="one shard per row",
+        do=f"delete {folder} and run the same command again",
+    )
 
 
 def refuse_changed(row: str, old: str, new: str, folder: Path) -> None:
@@ -267,10 +307,7 @@ def open_writer(folder: Path, spec: GradientSpec, *, made_by: Mapping[str, str] 
             write_bytes_atomic(folder / SPEC_FILE, encode_spec(spec))
         ledger = read_ledger(folder, spec.key)
         writer = SignalWriter(folder, spec, lock, made_by or {}, _clean(folder, ledger))
-        for record in ledger.records:
-            _check_sizes(folder, record)
-            rows = decode_rows(folder, record, spec)
-            writer._remember(rows.ids, rows.content_hashes, record)
+        writer._take_in(ledger.records)
     except BaseException:
         lock.release()
         raise

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks.reliability.store_machine import StoreAgainstDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from store_world import (
     DIRECTIONS,
     EMBEDDING_SPEC,
@@ -21,14 +21,13 @@ from store_world import (
     make_ids,
     make_spec,
     measure,
-    memory_folder,
     read,
     truth,
 )
 
 from gradsift.errors import DataError, NumericsError, SpecError, StoreError
-from gradsift.store.shards import ShardResult, unit_name
-from gradsift.store.signals import SignalStore, open_store
+from gradsift.store.shards import unit_name
+from gradsift.store.signals import open_store
 from gradsift.store.verify import verify_store
 from gradsift.store.writer import open_writer
 from gradsift.types import RowStatus
@@ -265,83 +264,11 @@ def test_there_is_a_store_of_this_format():
     assert f"format_{FORMAT}" in [p.name for p in FORMATS]
 
 
-class StoreAgainstDict(RuleBasedStateMachine):
+class Machine(StoreAgainstDict):
     """Deliver, repeat, reorder, change, crash, reopen: after every step the store equals a dictionary."""
 
-    @initialize()
-    def start(self):
-        self.exit = memory_folder()
-        self.folder = self.exit.__enter__() / "store"
-        self.model: dict[str, tuple] = {}
-        self.writer = open_writer(self.folder, SPEC)
-        self.late: list[ShardResult] = []
 
-    @rule(ids=st.lists(st.sampled_from(UNIVERSE), min_size=1, max_size=6, unique=True))
-    def deliver(self, ids):
-        result = measure(ids)
-        done = self.writer.commit(result)
-        new = [name for name in ids if name not in self.model]
-        assert (done.num_rows, done.num_repeated) == (len(new), len(ids) - len(new))
-        self.model.update(truth(new) if new else {})
-        self.late.append(result)
-
-    @precondition(lambda self: self.late)
-    @rule(data=st.data())
-    def deliver_again(self, data):
-        result = data.draw(st.sampled_from(self.late))
-        done = self.writer.commit(result.take(np.arange(len(result.ids))[::-1]))
-        assert done.num_rows == 0
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def deliver_changed(self, data):
-        name = data.draw(st.sampled_from(sorted(self.model)))
-        fresh = [n for n in UNIVERSE if n not in self.model][:1]
-        with pytest.raises(SpecError, match=name):
-            self.writer.commit(measure([*fresh, name], edition=1))
-
-    @rule(torn=st.booleans())
-    def crash(self, torn):
-        """A writer dies with half a shard on disk: only the kernel lets go of its lock."""
-        self.writer._lock.forget()
-        (self.folder / "shards" / "dead-rows.parquet").write_bytes(b"PAR1")
-        (self.folder / "ledger" / "dead.json.00.tmp").write_bytes(b"{")
-        if torn:
-            (self.folder / "ledger" / "dead.json").write_bytes(b'{\n "content_hash"')
-        self.writer = open_writer(self.folder, SPEC)
-        assert self.writer.cleaned == dataclasses.replace(
-            self.writer.cleaned, temporary=1, unrecorded=1, damaged_records=int(torn)
-        )
-
-    @rule()
-    def reopen(self):
-        self.writer.close()
-        with pytest.raises(StoreError, match="closed"):
-            self.writer.commit(measure(UNIVERSE[:1]))
-        self.writer = open_writer(self.folder, SPEC)
-
-    @invariant()
-    def equal(self):
-        if not hasattr(self, "model"):
-            return
-        store: SignalStore = open_store(self.folder, SPEC)
-        assert list(store.ids) == sorted(self.model)
-        assert read(self.folder) == self.model
-        assert dict(self.writer.committed_ids()) == {name: row[0] for name, row in self.model.items()}
-        assert self.writer.status_counts() == store.status_counts
-        absent = [name for name in UNIVERSE if name not in self.model]
-        if absent:
-            with pytest.raises(StoreError):
-                store.positions(absent[:1])
-
-    def teardown(self):
-        if hasattr(self, "exit"):
-            self.writer.close()
-            assert verify_store(self.folder).ok
-            self.exit.__exit__(None, None, None)
-
-
-TestStoreAgainstDict = StoreAgainstDict.TestCase
+TestStoreAgainstDict = Machine.TestCase
 TestStoreAgainstDict.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
 
 
@@ -351,5 +278,5 @@ def test_store_against_dict_at_length():
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
-        StoreAgainstDict, settings=settings(max_examples=500, stateful_step_count=40, deadline=None)
+        Machine, settings=settings(max_examples=500, stateful_step_count=40, deadline=None)
     )
