@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from gradsift.errors import NumericsError
+from gradsift.geometry.cluster_stream import BATCH_ROWS, assign, fit_centers, unit_centers
+from gradsift.geometry.rows import is_stored, unit_sketches
 from gradsift.seeds import Stream
+from gradsift.types import StoredRows
 
-BATCH_ROWS = 1024
 CHUNK_ROWS = 4096
 
 
@@ -48,15 +49,21 @@ def default_num_clusters(num_rows: int) -> int:
 
 
 def spherical_kmeans(
-    sketch: Float[np.ndarray, "N D"], stream: Stream, *, ids: tuple[str, ...], num_clusters: int | None = None
+    sketch: Float[np.ndarray, "N D"] | StoredRows,
+    stream: Stream,
+    *,
+    ids: tuple[str, ...],
+    num_clusters: int | None = None,
 ) -> Clusters:
     """Group rows by the direction of their sketches.
 
     The fit reads rows in the order given, which must be id order, and is a function of the sketches and the stream
-    alone. Groups that no row belongs to in the end are left out, so there may be fewer than asked.
+    alone. Groups that no row belongs to in the end are left out, so there may be fewer than asked. Sketches that stay on
+    the disk are fitted by batches read from there (:mod:`gradsift.geometry.cluster_stream`): other draws, so other groups
+    than the same rows would give in memory.
 
     Args:
-        sketch: float32 [N, D], N >= 1, may be memory-mapped; not changed.
+        sketch: float32 [N, D], N >= 1, or rows that are read when asked for; not changed.
         stream: seeds the first centres and the batches.
         ids: N ids, to name a row that cannot be used.
         num_clusters: K; by :func:`default_num_clusters` when None, and never more than N.
@@ -64,11 +71,14 @@ def spherical_kmeans(
     Returns:
         Labels and unit centres. A sketch that is not finite or is zero is refused by row (NumericsError).
     """
+    wanted = default_num_clusters(len(sketch)) if num_clusters is None else min(num_clusters, len(sketch))
+    if is_stored(sketch):
+        centers = fit_centers(sketch, stream, ids=ids, num_clusters=wanted)
+        return _numbered_by_first_row(assign(sketch, centers, ids), centers)
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    unit = _unit_rows(sketch, ids)
-    wanted = default_num_clusters(len(unit)) if num_clusters is None else min(num_clusters, len(unit))
+    unit = unit_sketches(sketch, ids)
     fit = MiniBatchKMeans(
         n_clusters=wanted,
         batch_size=BATCH_ROWS,
@@ -79,25 +89,8 @@ def spherical_kmeans(
         # Fewer distinct directions than clusters is no fault: unused groups are left out below.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fit.fit(unit)
-    centers = np.asarray(fit.cluster_centers_, dtype=np.float32)
-    lengths = np.linalg.norm(centers, axis=1, keepdims=True)
-    centers = centers / np.where(lengths > 0, lengths, 1)
+    centers = unit_centers(np.asarray(fit.cluster_centers_, dtype=np.float32))
     return _numbered_by_first_row(_nearest(unit, centers), centers)
-
-
-def _unit_rows(sketch: Float[np.ndarray, "N D"], ids: tuple[str, ...]) -> Float[np.ndarray, "N D"]:
-    rows = np.array(sketch, dtype=np.float32)  # a copy: the sketches may be read-only and stay as they are
-    lengths = np.linalg.norm(rows, axis=1)
-    bad = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
-    if len(bad):
-        raise NumericsError(
-            "signal sketch is not finite or is zero",
-            where=f"row {ids[bad[0]]}",
-            got=f"length {lengths[bad[0]]}",
-            expected="a finite sketch with a direction",
-            do="collect the signals of such rows again, or give them a status that is not usable",
-        )
-    return rows / lengths[:, None]
 
 
 def _nearest(unit: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "K D"]) -> Int[np.ndarray, " N"]:

@@ -117,6 +117,8 @@ class SignalStore:
         """
         if len(set(ids)) != len(ids):
             raise ValueError("SignalStore.take needs unique ids")
+        if tuple(ids) == self.ids:
+            return self
         at = self.positions(ids)
         changes = {
             f.name: tuple(getattr(self, f.name)[i] for i in at)
