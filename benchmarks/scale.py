@@ -185,6 +185,10 @@ def run_step(given: argparse.Namespace) -> None:
 
         found, spent = timed(lambda: write_store(given.folder, given.rows[0], given.dim, given.rows_per_shard))
         figures = {**found, **spent}
+    elif given.step in ("stub", "stub_tokens"):
+        from scale_growth import commit_stub
+
+        _, figures = timed(lambda: commit_stub(given.folder, given.rows[0], given.step == "stub_tokens"))
     elif given.step in simple:
         figures = simple[given.step](given.folder, given.dim, out)
     else:
