@@ -17,10 +17,32 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from scale import hardware, memory_now  # noqa: E402
+from scale import hardware, memory_now
 
 SHAPES = ("smollm2", "llama", "gpt2")
-WORDS = "the gradient of a row says where it would move the weights and an anchor says where they must not go ".split()
+WORDS = [
+    "the",
+    "gradient",
+    "of",
+    "a",
+    "row",
+    "says",
+    "where",
+    "it",
+    "would",
+    "move",
+    "the",
+    "weights",
+    "and",
+    "an",
+    "anchor",
+    "says",
+    "where",
+    "they",
+    "must",
+    "not",
+    "go",
+]
 
 
 def make_model(name: str, place: Path) -> str:

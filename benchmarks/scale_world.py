@@ -68,7 +68,7 @@ def spec_of(dim: int) -> GradientSpec:
     return GradientSpec(
         parameters="all", parameters_sha256="p" * 64, model_sha256="m" * 64, tokenizer_sha256="t" * 64, loss_on="all",
         max_length=1024, signals=("loss", "grad_norm", "emb_grad_norm", "head_grad_norm", "sketch", "dots"),
-        code_version="planted", anchors={name: "a" * 32 for name in NAMES}, projection=Projection(dim, SEED, "planted"),
+        code_version="planted", anchors=dict.fromkeys(NAMES, "a" * 32), projection=Projection(dim, SEED, "planted"),
     )  # fmt: skip
 
 

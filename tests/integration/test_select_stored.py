@@ -17,7 +17,6 @@ from gradsift.types import StoredRows
 def test_the_choice_does_not_depend_on_where_sketches_lie(tmp_path, navigator, monkeypatch, method):
     files = world(tmp_path)
     settings = {"collect.rows_per_shard": 5, "collect.sketch_dim": 251, "allow_weak_anchor": True}
-    settings |= {"num_clusters": 1} if method == "hybrid" else {}  # clusters are drawn otherwise from the disk
 
     def run(out):
         return select(

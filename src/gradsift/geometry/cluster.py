@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from gradsift.geometry.cluster_stream import BATCH_ROWS, assign, fit_centers, unit_centers
-from gradsift.geometry.rows import is_stored, unit_sketches
+from gradsift.geometry.rows import is_stored, row_lengths, unit_sketches
 from gradsift.seeds import Stream
 from gradsift.types import StoredRows
 
+BATCH_ROWS = 1024
 CHUNK_ROWS = 4096
+FITTED_BYTES = 1 << 28  # of sketches that the fit has in memory at once: 16,395 rows of 4,093 numbers
+LEAST_PER_CLUSTER = 32
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ def spherical_kmeans(
     """Group rows by the direction of their sketches.
 
     The fit reads rows in the order given, which must be id order, and is a function of the sketches and the stream
-    alone. Groups that no row belongs to in the end are left out, so there may be fewer than asked. Sketches that stay on
-    the disk are fitted by batches read from there (:mod:`gradsift.geometry.cluster_stream`): other draws, so other groups
-    than the same rows would give in memory.
+    alone. Groups that no row belongs to in the end are left out, so there may be fewer than asked. Of sketches that stay on
+    the disk as many rows as fit ``FITTED_BYTES`` are drawn for the fit, by id; one walk over the disk then gives every row
+    its group. Where all rows fit, the result is that of an array.
 
     Args:
         sketch: float32 [N, D], N >= 1, or rows that are read when asked for; not changed.
@@ -73,14 +75,28 @@ def spherical_kmeans(
     """
     wanted = default_num_clusters(len(sketch)) if num_clusters is None else min(num_clusters, len(sketch))
     if is_stored(sketch):
-        centers = fit_centers(sketch, stream, ids=ids, num_clusters=wanted)
-        return _numbered_by_first_row(assign(sketch, centers, ids), centers)
+        rows = _drawn(sketch.shape, stream, ids, wanted)
+        centers = _fit(unit_sketches(sketch[rows], tuple(ids[i] for i in rows)), stream, wanted)
+        return _numbered_by_first_row(_walk(sketch, centers, ids), centers)
+    unit = unit_sketches(sketch, ids)
+    centers = _fit(unit, stream, wanted)
+    return _numbered_by_first_row(_nearest(unit, centers), centers)
+
+
+def _drawn(shape: tuple[int, ...], stream: Stream, ids: tuple[str, ...], num_clusters: int) -> Int[np.ndarray, " n"]:
+    """Rows that the fit reads, in id order: all, or a draw keyed by id."""
+    count = max(FITTED_BYTES // (4 * shape[1]), LEAST_PER_CLUSTER * num_clusters)
+    if shape[0] <= count:
+        return np.arange(shape[0])
+    return np.sort(np.argsort(stream.child("fitted").uniform(ids), kind="stable")[:count])
+
+
+def _fit(unit: Float[np.ndarray, "n D"], stream: Stream, num_clusters: int) -> Float[np.ndarray, "K D"]:
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    unit = unit_sketches(sketch, ids)
     fit = MiniBatchKMeans(
-        n_clusters=wanted,
+        n_clusters=num_clusters,
         batch_size=BATCH_ROWS,
         n_init=3,  # pyright: ignore[reportArgumentType] - its stubs know only "auto"
         random_state=int(stream.numpy().integers(2**32)),
@@ -89,8 +105,18 @@ def spherical_kmeans(
         # Fewer distinct directions than clusters is no fault: unused groups are left out below.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fit.fit(unit)
-    centers = unit_centers(np.asarray(fit.cluster_centers_, dtype=np.float32))
-    return _numbered_by_first_row(_nearest(unit, centers), centers)
+    centers = np.asarray(fit.cluster_centers_, dtype=np.float32)
+    lengths = np.linalg.norm(centers, axis=1, keepdims=True)
+    return centers / np.where(lengths > 0, lengths, 1)
+
+
+def _walk(sketch: StoredRows, centers: Float[np.ndarray, "K D"], ids: tuple[str, ...]) -> Int[np.ndarray, " N"]:
+    """Nearest centres of rows on the disk, block by block; a row's length does not change which cosine is largest."""
+    labels = np.empty(len(sketch), dtype=np.int64)
+    for at, block in sketch.blocks():
+        row_lengths(block, tuple(ids[i] for i in at))
+        labels[at] = np.argmax(block @ centers.T, axis=1)
+    return labels
 
 
 def _nearest(unit: Float[np.ndarray, "N D"], centers: Float[np.ndarray, "K D"]) -> Int[np.ndarray, " N"]:

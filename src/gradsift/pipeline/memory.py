@@ -247,7 +247,7 @@ class _Outline:
         traced = True
         try:
             low, high = (trace_kept(adapted, names, num_rows=1, length=length, num_positions=n) for n in (1, 65))
-        except Exception:  # noqa: BLE001 - a model's forward may raise anything where it has no numbers; said in the plan
+        except Exception:
             traced, layers = False, int(getattr(model.config, "num_hidden_layers", 24))
             kept = 16 * layers * length * width * own_size
             low, high = (Kept(kept, n * vocabulary * own_size, 8 * length * width * own_size) for n in (1, 65))
@@ -273,7 +273,7 @@ class _Outline:
     def memory(self, prepared: Prepared, rows: Sequence[TokenRow], num_gradients: int) -> PassMemory:
         """Fill in the rows."""
         collect = prepared.recipe.collect
-        roles = [rows, *([row for row in source.usable] for source in prepared.directions)] if self.measured else [rows]
+        roles = [rows, *(list(source.usable) for source in prepared.directions)] if self.measured else [rows]
         batches = [
             largest_batch(some, collect.tokens_per_batch, collect.rows_per_shard, self.vocabulary) for some in roles
         ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradsift.errors import NumericsError
-from gradsift.geometry import cluster_stream
+from gradsift.geometry import cluster
 from gradsift.geometry.cluster import spherical_kmeans
 from gradsift.seeds import stream
 from gradsift.types import StoredRows
@@ -44,6 +44,12 @@ def planted(n=6000, k=6, d=24, seed=0):
     return (length * (centers[truth] + 0.05 * rng.normal(size=(n, d)))).astype(np.float32), truth
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """The fit holds 500 rows of 24 numbers."""
+    monkeypatch.setattr(cluster, "FITTED_BYTES", 500 * 4 * 24)
+
+
 def names(sketch):
     return tuple(f"r{i}" for i in range(len(sketch)))
 
@@ -52,7 +58,7 @@ def found(sketch, order=None, seed=0, k=6):
     return spherical_kmeans(Shelf(sketch, order), stream(seed, "c"), ids=names(sketch), num_clusters=k)
 
 
-def test_planted_groups_are_found_without_reading_everything_at_once():
+def test_planted_groups_are_found_without_reading_everything_at_once(few):
     sketch, truth = planted()
     shelf = Shelf(sketch)
     assert isinstance(shelf, StoredRows)
@@ -60,7 +66,26 @@ def test_planted_groups_are_found_without_reading_everything_at_once():
     assert len(set(zip(truth.tolist(), groups.labels.tolist(), strict=True))) == 6
     np.testing.assert_array_equal(groups.sizes, np.bincount(groups.labels))
     np.testing.assert_allclose(np.linalg.norm(groups.centers, axis=1), 1, atol=1e-5)
-    assert shelf.largest <= cluster_stream.INIT_ROWS < len(sketch)
+    assert shelf.largest == 500
+
+
+def test_where_all_rows_fit_the_result_is_that_of_an_array_bit_for_bit():
+    sketch, _ = planted(n=700)
+    want = spherical_kmeans(sketch, stream(4, "c"), ids=names(sketch), num_clusters=6)
+    got = found(sketch, np.random.default_rng(1).permutation(700), seed=4)
+    assert got.centers.tobytes() == want.centers.tobytes()
+    assert got.labels.tobytes() == want.labels.tobytes()
+
+
+def test_the_rows_of_the_fit_are_drawn_by_id_and_never_fewer_than_the_clusters_need(monkeypatch):
+    ids = tuple(f"r{i}" for i in range(1000))
+    monkeypatch.setattr(cluster, "FITTED_BYTES", 100 * 4 * 8)
+    rows = cluster._drawn((1000, 8), stream(0, "c"), ids, 2)
+    assert len(rows) == 100
+    turned = cluster._drawn((1000, 8), stream(0, "c"), ids[::-1], 2)
+    assert {ids[i] for i in rows} == {ids[::-1][i] for i in turned}
+    assert len(cluster._drawn((1000, 8), stream(0, "c"), ids, 10)) == 320
+    assert len(cluster._drawn((50, 8), stream(0, "c"), ids[:50], 10)) == 50
 
 
 def test_every_row_belongs_to_the_center_of_largest_cosine_and_labels_count_up():
@@ -94,10 +119,10 @@ def test_a_sketch_without_a_direction_is_refused_by_row(bad):
         found(sketch)
 
 
-def test_a_row_that_no_batch_drew_is_refused_all_the_same(monkeypatch):
-    sketch, _ = planted(n=300)
-    sketch[17] = 0.0
-    centers = np.eye(24, dtype=np.float32)[:3]
-    monkeypatch.setattr("gradsift.geometry.cluster.fit_centers", lambda *_, **__: centers)
-    with pytest.raises(NumericsError, match="r17"):
+def test_a_row_that_was_not_drawn_is_refused_all_the_same(few):
+    sketch, _ = planted()
+    rows = cluster._drawn(sketch.shape, stream(0, "c"), names(sketch), 6)
+    left = int(np.setdiff1d(np.arange(len(sketch)), rows)[0])
+    sketch[left] = 0.0
+    with pytest.raises(NumericsError, match=f"r{left}"):
         found(sketch)

@@ -75,7 +75,7 @@ def test_halves_that_fail_are_halved_again_and_a_row_that_never_fits_costs_itsel
 
     def fails(lengths):
         seen.append(lengths)
-        if lengths == (6,) and seen.count((6,)) == 1 or len(lengths) > 1 and lengths[0] == 6:
+        if (lengths == (6,) and seen.count((6,)) == 1) or (len(lengths) > 1 and lengths[0] == 6):
             raise MemoryError
 
     got, tried, _ = measured(fails)

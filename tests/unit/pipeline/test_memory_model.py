@@ -31,8 +31,11 @@ def really_kept(model, names, rows, length, positions):
         return tensor
 
     head, owners = model.get_output_embeddings(), {name.rpartition(".")[0] for name in names}
-    hooks = [module.register_forward_hook(lambda _, given, __: None if note(given[0]) is None else None)
-             for name, module in model.named_modules() if name in owners and module is not head]  # fmt: skip
+
+    def after(module, given, output):
+        note(given[0])
+
+    hooks = [m.register_forward_hook(after) for n, m in model.named_modules() if n in owners and m is not head]
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_(True)))
     at = torch.arange(positions)
     hooks.append(head.register_forward_pre_hook(lambda _, x: (note(x[0].reshape(-1, x[0].shape[-1])[at][None]),)))
