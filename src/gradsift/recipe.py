@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from gradsift.errors import ConfigError
 from gradsift.types import Budget, LossOn
@@ -94,13 +94,22 @@ class NavigatorConfig(Strict):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
+AUTO = 0
+TokenBudget = Annotated[
+    int,
+    BeforeValidator(lambda value: AUTO if value == "auto" else value),
+    PlainSerializer(lambda value: "auto" if value == AUTO else value, return_type=int | str),
+]
+"""Tokens, or ``auto``, which is kept as 0: a pass that nobody chose a budget for takes its rows one by one."""
+
+
 class CollectConfig(Strict):
     """The one pass over the pool.
 
     Args:
         sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
         layers: measure the upper decoder layers only, a share (25%, rounded up) or a count (8); None measures all.
-        tokens_per_batch: longest row times rows of a micro-batch never exceed this.
+        tokens_per_batch: longest row times rows of a micro-batch never exceed this; auto takes what fits the free memory.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
         abort_share: share of non-finite rows above which the run stops.
@@ -109,7 +118,7 @@ class CollectConfig(Strict):
 
     sketch_dim: int = Field(default=4093, ge=2)
     layers: str | None = Field(default=None, pattern=UPPER)
-    tokens_per_batch: int = Field(default=1024, ge=1)
+    tokens_per_batch: TokenBudget = Field(default=1024, ge=AUTO)
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"
     abort_share: float = Field(default=0.05, ge=0.0, le=1.0)
