@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -243,10 +243,8 @@ def measure(full: bool, defect: str) -> dict[str, Any]:
         place = world_in(base / "world", num_rows)
         run(recipe_of(place), folder / "whole")
         whole = store_rows(folder / "whole")
-        try:
+        with suppress(Stopped):
             run(recipe_of(place), base / "run", Stops(after=num_rows // 2))
-        except Stopped:
-            pass
         done = len(store_rows(base / "run"))
         return {
             "rows": num_rows,
