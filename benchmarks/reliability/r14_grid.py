@@ -17,6 +17,7 @@ from benchmarks.reliability.runs import quiet, recipe_of, room, run, selected, w
 from gradsift.data.batches import Tokens, collate
 from gradsift.gradients import collect
 from gradsift.launch.seat import Seat
+from gradsift.pipeline import measure as measuring
 from gradsift.pipeline.serve import serve
 from gradsift.recipe import Recipe
 from gradsift.store.signals import open_store
@@ -47,10 +48,26 @@ def of_size(count: int) -> Any:
     return lambda rows, indices, budget: [tuple(indices[k : k + count]) for k in range(0, len(indices), count)]
 
 
+def keeping(folder: Path) -> Any:
+    """Measure, and keep the sketches as they were measured: the store rounds them to float16."""
+    plain = collect.measure_shard
+
+    def kept(run_: Any, rows: Sequence[TokenRow]) -> Any:
+        got = plain(run_, rows)
+        if len(rows) > 1:  # the few rows that are measured again, alone, are not the run's
+            np.savez(folder / f"{got.unit}.npz", ids=np.array(got.ids), sketch=got.sketch)
+        return got
+
+    return kept
+
+
 @contextmanager
-def patched(batch: int, pad: int, defect: str) -> Iterator[None]:
+def patched(out: Path, batch: int, pad: int, defect: str) -> Iterator[None]:
     """Set what no recipe sets: the exact number of rows of a micro-batch, more padding, and the planted defect."""
+    measured = out.with_name(f"{out.name}-measured")
+    measured.mkdir()
     with ExitStack() as stack:
+        stack.enter_context(patch.object(measuring, "measure_shard", keeping(measured)))
         stack.enter_context(patch.object(collect, "plan_batches", of_size(batch)))
         if pad:
             stack.enter_context(patch.object(collect, "collate", pad_more(pad)))
@@ -82,8 +99,17 @@ def signals(out: Path) -> dict[str, np.ndarray]:
     view = store.take(names)
     return {
         "ids": np.array(names), "loss": view.loss, "norm": view.grad_norm, "emb_norm": view.emb_grad_norm,
-        "dots": view.all_dots, "sketch": view.unit_sketch(names).astype(np.float64),
+        "dots": view.all_dots, "stored": view.unit_sketch(names).astype(np.float64), "sketch": measured_sketch(out, names),
     }  # fmt: skip
+
+
+def measured_sketch(out: Path, names: Sequence[str]) -> np.ndarray:
+    """Sketches as they were measured."""
+    found: dict[str, np.ndarray] = {}
+    for path in out.with_name(f"{out.name}-measured").iterdir():
+        with np.load(path) as kept:
+            found.update(zip(kept["ids"].tolist(), kept["sketch"], strict=True))
+    return np.stack([found[name] for name in names]).astype(np.float64)
 
 
 def bits(found: Mapping[str, np.ndarray]) -> bytes:
@@ -100,10 +126,15 @@ def distance(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> d
 
     assert (got["ids"] == want["ids"]).all()
     dots = np.abs(got["dots"] - want["dots"]) / want["norm"][:, None]
-    a, b = (found["sketch"] / np.linalg.norm(found["sketch"], axis=1, keepdims=True) for found in (got, want))
+
+    def turned(name: str) -> float:
+        a, b = (found[name] / np.linalg.norm(found[name], axis=1, keepdims=True) for found in (got, want))
+        return float((0.5 * ((a - b) ** 2).sum(1)).max())  # exact for unit vectors, where 1 - a.b is not
+
     return {
         "rel": max(rel("loss"), rel("norm"), rel("emb_norm"), float(dots.max())),
-        "one_minus_cos": float((0.5 * ((a - b) ** 2).sum(1)).max()),  # exact for unit vectors, where 1 - a.b is not
+        "one_minus_cos": turned("sketch"),
+        "one_minus_cos_stored": turned("stored"),
     }
 
 
@@ -119,7 +150,7 @@ def once(place: Path, out: Path, cell: tuple[int, int, int, int, bool], defect: 
     pool = place / ("shuffled.jsonl" if shuffled else "pool.jsonl")
     changes = {"collect__rows_per_shard": shard, "pool": [{"label": "pool", "path": str(pool)}]}
     recipe = recipe_of(place, **changes)
-    with patched(batch, pad, defect):
+    with patched(out, batch, pad, defect):
         if workers == 1:
             run(recipe, out)
             return
@@ -158,17 +189,21 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
     """All cells within the bounds, one choice, and the same run twice the same bits."""
     cells = figures["cells"]
     rel, cos = (max(cell[name] for cell in cells.values()) for name in ("rel", "one_minus_cos"))
+    stored = max(cell["one_minus_cos_stored"] for cell in cells.values())
     jaccard = min(cell["jaccard"] for cell in cells.values())
     same = figures["twice_bit_identical"]
     return Outcome(
         "R14",
         (
             Check("worst relative difference", f"{rel:.1e} over {len(cells)} runs", f"<= {REL:g}", rel <= REL),
-            Check("worst 1 - cosine of stored sketches", f"{cos:.1e}", f"<= {COS:g}", cos <= COS),
+            Check("worst 1 - cosine of sketches as measured", f"{cos:.1e}", f"<= {COS:g}", cos <= COS),
             Check("least Jaccard of the chosen rows", f"{jaccard:.3f} of {figures['chosen']}", "1.000", jaccard == 1.0),
             Check("the same run twice, bit by bit", "equal" if same else "differs", "equal", same),
         ),
-        ("padding is on the right in gradsift; its amount was varied",),
+        (
+            f"the store rounds sketches to float16, and of those it is {stored:.1e}",
+            "padding is on the right in gradsift; its amount was varied",
+        ),
     )
 
 

@@ -131,7 +131,10 @@ def measure(full: bool, defect: str) -> dict[str, Any]:
         for how in DAMAGES if full else DAMAGES[:1]:
             place = folder / how.replace(" ", "-")
             place.mkdir()
-            forked(lambda place=place: trained(place, config, Deadly(counter.count * 3 // 4), defect) and None)
+            moment = counter.count * 3 // 4
+            while not (place / "state.npz").exists():  # a kill between two names leaves the save before alone
+                forked(lambda place=place, moment=moment: trained(place, config, Deadly(moment), defect) and None)
+                moment += 1
             arrays, _ = load_state(place / "state.npz")
             last = 0 if arrays is None else from_arrays(arrays).epoch
             harm(place / "state.npz", how)
