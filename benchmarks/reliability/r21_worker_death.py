@@ -90,7 +90,7 @@ class Forks:
         def kills(ids: list[str]) -> None:
             time.sleep(0.05)
             if self.bad in ids and self.case == FAULT:
-                with open(os.devnull, "w") as quiet:
+                with Path(os.devnull).open("w") as quiet:
                     os.dup2(quiet.fileno(), 2)
                 ctypes.string_at(0)
             if self.bad in ids and self.case == HANG and not marker.exists():
