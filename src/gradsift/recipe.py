@@ -112,7 +112,11 @@ class CollectConfig(Strict):
         tokens_per_batch: longest row times rows of a micro-batch never exceed this; auto takes what fits the free memory.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
-        abort_share: share of non-finite rows above which the run stops.
+        abort_share: share of rows that cannot be measured (not finite, out of memory, killing the process) above which
+            the run stops.
+        unreadable_share: share of malformed and untokenizable pool rows above which the run stops before it measures.
+        hang_seconds: a process that measures and is longer than this over one micro-batch ends, as if it had been
+            killed; 0 never ends it.
         check_disk: refuse to begin when the signals will not fit on the disk.
     """
 
@@ -122,6 +126,8 @@ class CollectConfig(Strict):
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"
     abort_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    unreadable_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    hang_seconds: float = Field(default=7200.0, ge=0.0)
     check_disk: bool = True
 
 

@@ -22,6 +22,7 @@ from gradsift.gradients.collect import (
     measure_noise,
     measure_shard,
     refuse_if_mostly_bad,
+    unmeasured,
 )
 from gradsift.gradients.directions import (
     BuiltDirection,
@@ -36,6 +37,7 @@ from gradsift.gradients.hooks import EDGE_NORMS, GradientEngine
 from gradsift.gradients.project import VERSION, Projector
 from gradsift.gradients.upper import Upper, choose_upper
 from gradsift.launch.bench import Bench
+from gradsift.launch.flight import Flight, Watchdog
 from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
 from gradsift.models.adapter import adapter_sha256, attach_lora
 from gradsift.models.load import Navigator, load_navigator
@@ -216,6 +218,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     target_embedding = embed_target(prepared, run, built, folder, clock) if embeds else None
     _collect(prepared, run, rows, folder, spec, clock)
     store = open_store(folder, spec)
+    notes += _set_aside_note(store)
     with clock.stage("noise"):
         quiet = dataclasses.replace(run, tick=lambda n, tokens: clock.tick("noise", n, tokens))
         noise = _noise(quiet, rows, store, folder, recipe.seed)
@@ -437,9 +440,17 @@ def _collect(
 ) -> None:
     recipe = prepared.recipe
     made_by = {**versions(), "device": str(next(run.engine.model.parameters()).device)}
+    flight, dog = Flight(folder), Watchdog(recipe.collect.hang_seconds)
+
+    def noted(rows: Sequence[TokenRow]) -> None:
+        flight.write(rows)
+        dog.pet()
+
+    run = dataclasses.replace(run, before=noted)
     bench = Bench(
         folder.parent.name, folder, spec, rows, recipe.collect.rows_per_shard,
         lambda some: measure_shard(run, some), run.tick, made_by,
+        lambda some, why: unmeasured(run, some, RowStatus.WORKER_CRASH, why), flight, dog,
     )  # fmt: skip
     if not prepared.launch.commits:
         with run.engine:
@@ -458,9 +469,18 @@ def _collect(
 
             def after() -> None:
                 counts = Counter({RowStatus(k): n for k, n in writer.status_counts().items()})
-                refuse_if_mostly_bad(counts, recipe.collect.abort_share)
+                refuse_if_mostly_bad(counts, recipe.collect.abort_share, len(rows))
 
             prepared.launch.collect(bench, writer, after)
+
+
+def _set_aside_note(store: SignalStore) -> list[Note]:
+    """Name the rows that are left out because they ended the processes that measured them."""
+    bad = [name for name, status in zip(store.ids, store.status, strict=True) if status is RowStatus.WORKER_CRASH]
+    if not bad:
+        return []
+    text = f"{len(bad)} rows were set aside, since processes died whenever they measured them: {', '.join(bad[:5])}"
+    return [Note("worker_crash", text, len(bad), tuple(bad[:5]))]
 
 
 def _adopt_left(bench: Bench, writer: SignalWriter, clock: Clock) -> None:
