@@ -257,7 +257,7 @@ def _ranks(problem: Problem, known: Problem, fit: ScreenFit) -> dict[str, Any]:
 def _draw(ids: Sequence[str], count: int, seed: int, name: str) -> frozenset[str]:
     """Draw rows at random by their ids: a row's draw depends on nothing else."""
     draws = stream(seed, name).uniform(ids)
-    return frozenset(ids[i] for i in np.argsort(draws, kind="stable")[:count])
+    return frozenset(ids[int(i)] for i in np.argsort(draws, kind="stable")[:count])
 
 
 def _with_layers(prepared: Prepared, layers: str) -> Prepared:
