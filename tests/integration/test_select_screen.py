@@ -19,7 +19,7 @@ from gradsift.recipe import build_recipe
 from gradsift.store.spec import kept_specs
 
 SMALL = {"collect.rows_per_shard": 16, "collect.sketch_dim": 61, "allow_weak_anchor": True, "navigator.parameters": "all"}
-SCREEN = {"screen.layers": "50%", "screen.calibrate": 30, "screen.certify": 25}
+SCREEN = {"screen.by": "50%", "screen.calibrate": 30, "screen.certify": 25}
 POOL = 160
 
 
@@ -108,10 +108,11 @@ def test_a_set_level_method_and_a_token_budget_can_be_screened(both, navigator, 
     assert manifest(tmp_path / "dual")["screen"]["worlds"] >= 20
 
 
-def test_the_command_takes_the_share(both, navigator, tmp_path):
+@pytest.mark.parametrize("by", ["1", "trained"])
+def test_the_command_takes_the_share(both, navigator, tmp_path, by):
     files = both[0]
     command = ["select", "--pool", files["pool"], "--target", files["target"], "--method", "target_cosine", "--budget",
-               "10", "--navigator", navigator, "--screen", "1", "--out", tmp_path / "run"]  # fmt: skip
+               "10", "--navigator", navigator, "--screen", by, "--out", tmp_path / "run"]  # fmt: skip
     for key, value in {**SMALL, "screen.calibrate": 30, "screen.certify": 25}.items():
         command += ["--set", f"{key}={value}"]
     result = CliRunner().invoke(app, [str(word) for word in command])
@@ -119,6 +120,8 @@ def test_the_command_takes_the_share(both, navigator, tmp_path):
     told = " ".join(result.output.split())
     assert "with 95% confidence at most" in told
     assert "SCREENED_OUT" in told
+    (spec,) = kept_specs(tmp_path / "run" / "screen")
+    assert (spec.layers, spec.positions) == ((None, "trained") if by == "trained" else ("2 to 2 of 2", "all"))
 
 
 @pytest.mark.parametrize(("method", "settings", "word"), [
@@ -136,6 +139,6 @@ def test_what_cannot_be_screened_is_refused(both, navigator, tmp_path, method, s
 
 def test_several_processes_are_refused(both, navigator, tmp_path):
     recipe = build_recipe({"pool": [{"label": "pool", "path": str(both[0]["pool"])}], "budget": "10", "target": str(both[0]["target"]),
-                           "method": {"name": "target_cosine"}, "screen": {"layers": "1"}})  # fmt: skip
+                           "method": {"name": "target_cosine"}, "screen": {"by": "1"}})  # fmt: skip
     with pytest.raises(ConfigError, match="one process"):
         run_recipe(recipe, tmp_path / "run", seat=Seat("ray", 0, 2))

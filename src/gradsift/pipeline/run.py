@@ -89,7 +89,7 @@ def select(
     make_folder(out)
     write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
     screened = None
-    if recipe.screen.layers is not None:
+    if recipe.screen.by is not None:
         screened = measure_screened(prepared, budget, out, clock)
         prepared, measured, budget = screened.prepared, screened.measured, screened.budget
     else:
