@@ -1,11 +1,12 @@
 """Which layers rank as all of them do: one pass over real rows that keeps every layer's dots and norms apart (SmolLM2-135M).
 
 The demo's rows are measured over all layers once; what any choice of layers would have said of a row follows from the parts, so every
-choice is compared on the same rows: upper shares, every second layer, the lower half, and linear predictions of the kind that
-``gradsift select --screen`` makes, fitted on 100 rows and judged on the others. What a share costs is measured by ``gradsift doctor
---layers``. The pass is kept in a file of parts; ``--parts`` reads it back.
+choice is compared on the same rows: upper shares, every second layer, the lower half. A second pass with prompts held constant
+(``collect.positions=trained``) is compared with the first, and so are linear predictions of the kind that ``gradsift select --screen``
+makes, fitted on 100 rows and judged on the others. What each costs is measured by ``gradsift doctor --layers``; the costs here are
+arithmetic. The passes are kept in two files, which ``--parts`` reads back.
 
-    python benchmarks/layers.py --parts parts.npz --json docs/results/layers.json
+    python benchmarks/layers.py --parts parts --json docs/results/layers.json
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _signals(dots: np.ndarray, squares: np.ndarray) -> np.ndarray:
     return np.concatenate([dots / np.sqrt(squares)[:, None], np.log(squares)[:, None] / 2], axis=1)
 
 
-def measure_parts(kind: str, num_rows: int) -> Parts:
+def measure_parts(kind: str, num_rows: int, trained_only: bool) -> Parts:
     """Run the one pass: an untied copy of the model, its tied table's cross terms put back."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_demo_rows(Path(folder), DemoCounts(pool=num_rows))
@@ -108,8 +109,8 @@ def measure_parts(kind: str, num_rows: int) -> Parts:
     tied = ("", "") if kind == "lora" else tuple(
         own[id(module.weight)] for module in (model.get_output_embeddings(), model.get_input_embeddings()))  # fmt: skip
     built = [build_direction(source.name, model, names, source.usable, Projector(42, 4093), tokens_per_batch=1024,
-                             pad_id=prepared.pad_id) for source in prepared.directions]  # fmt: skip
-    engine, num = GradientEngine(model, names), len(built)
+                             pad_id=prepared.pad_id, trained_only=trained_only) for source in prepared.directions]  # fmt: skip
+    engine, num = GradientEngine(model, names, trained_only=trained_only), len(built)
     for name, block in engine.blocks.items():
         matrices = [d.matrices[name] for d in built]
         if name in tied:  # dots with the tied table's whole direction, then with the head's or the embedding's own
@@ -146,7 +147,11 @@ def _pass(engine: GradientEngine, rows: Any, tied: tuple[str, ...], num: int, pa
 
     def measure(block: Block, parts: Any, totals: Totals) -> Any:
         size = totals.square.shape[0]
-        mine = Totals(torch.zeros(size, block.directions.shape[0], dtype=torch.float64), torch.zeros(size, dtype=torch.float64), None)
+        mine = Totals(
+            torch.zeros(size, block.directions.shape[0], dtype=torch.float64),
+            torch.zeros(size, dtype=torch.float64),
+            None,
+        )
         squares = plain_measure(block, parts, mine)
         kept.setdefault(block.name, []).append(np.concatenate([mine.dots.numpy(), mine.square.numpy()[:, None]], 1))
         totals.square += mine.square
@@ -178,15 +183,35 @@ def _pass(engine: GradientEngine, rows: Any, tied: tuple[str, ...], num: int, pa
     return {name: np.concatenate(values) for name, values in kept.items()}
 
 
-def compare(parts: Parts) -> list[dict[str, Any]]:
-    """Rank correlation of every choice of layers with all of them."""
+def compare(parts: Parts, trained: Parts) -> list[dict[str, Any]]:
+    """Rank correlation of every choice of layers, and of the trained positions, with everything."""
     count = len(parts.dots)
-    choices: dict[str, Any] = {f"upper {k}": range(count - k, count) for k in (1, 2, 4, 8, 12, 15, 20, 23, 26, 30) if k <= count}
+    choices: dict[str, Any] = {
+        f"upper {k}": range(count - k, count) for k in (1, 2, 4, 8, 12, 15, 20, 23, 26, 30) if k <= count
+    }
     choices |= {"every 2nd": range(1, count, 2), "every 4th": range(1, count, 4), "lower half": range(count // 2)}
     truth, out = parts.truth, []
+    tokens = np.exp(parts.facts[:, 1:])
+    # Short rows of one turn: from the token that predicts the first trained one to the end.
+    share = float((tokens[:, 1] + 1).sum() / tokens[:, 0].sum())
+    ranks = {
+        what: asdict(spearman_interval(trained.truth[:, j], truth[:, j]))
+        for j, what in enumerate((*parts.names, "norm"))
+    }
+    out.append(
+        {
+            "layers": "trained",
+            "num_layers": count,
+            "share_of_tokens": share,
+            "arithmetic_cost": (2 + 4 * share) / 6,
+            "ranks": ranks,
+        }
+    )
     for name, layers in choices.items():
         found = parts.signals(layers)
-        ranks = {what: asdict(spearman_interval(found[:, j], truth[:, j])) for j, what in enumerate((*parts.names, "norm"))}
+        ranks = {
+            what: asdict(spearman_interval(found[:, j], truth[:, j])) for j, what in enumerate((*parts.names, "norm"))
+        }
         # A forward is 2 products of a weight and a token, the backward 2 more down to the lowest layer, a layer's gradient 2.
         lowest = min(layers)
         cost = (2 + 2 * (count - lowest) / count + 2 * len(layers) / count) / 6
@@ -194,13 +219,13 @@ def compare(parts: Parts) -> list[dict[str, Any]]:
     return out
 
 
-def predict(parts: Parts) -> list[dict[str, Any]]:
-    """Rank correlation of a linear prediction from upper layers, loss and lengths, on rows that it was not fitted on."""
+def predict(parts: Parts, trained: Parts) -> list[dict[str, Any]]:
+    """Rank correlation of a linear prediction from cheap signals, loss and lengths, on rows that it was not fitted on."""
     count, truth, out = len(parts.dots), parts.truth, []
-    for k in (4, 8, 12, 15):
-        upper = range(count - k, count)
-        groups = [parts.signals(part) for part in np.array_split(np.array(upper), 4)]
-        cheap = {"": [parts.signals(upper), parts.facts], " and four groups of them apart": [parts.signals(upper), parts.facts, *groups]}
+    sets = [(f"upper {k}", parts, k, parts.signals(range(count - k, count))) for k in (4, 8, 12, 15)]
+    for what, one, k, found in [("trained", trained, count, trained.truth), *sets]:
+        groups = [one.signals(part) for part in np.array_split(np.arange(count - k, count), 5 if k == count else 4)]
+        cheap = {"": [found, one.facts], ", groups of layers apart": [found, one.facts, *groups]}
         for name, columns in cheap.items():
             features, rhos = np.concatenate(columns, 1), []
             for split in range(SPLITS):
@@ -210,7 +235,7 @@ def predict(parts: Parts) -> list[dict[str, Any]]:
                 said = fit.predict(features[rest])
                 rhos.append([spearman_interval(said[:, j], truth[rest, j]).rho for j in range(truth.shape[1])])
             means = dict(zip((*parts.names, "norm"), np.mean(rhos, 0).tolist(), strict=True))
-            out.append({"from": f"upper {k}{name}", "fitted_on": FITTED, "splits": SPLITS, "mean_rho": means})
+            out.append({"from": f"{what}{name}", "fitted_on": FITTED, "splits": SPLITS, "mean_rho": means})
     return out
 
 
@@ -219,21 +244,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", choices=("all", "lora"), default="all")
     parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--parts", type=Path, required=True, help="file of the pass: read, or made where it is not there")
+    parser.add_argument(
+        "--parts", type=Path, required=True, help="folder of the passes: read, or made where they are not there"
+    )
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if not options.parts.is_file():
-        made = measure_parts(options.parameters, options.rows)
-        np.savez(options.parts, **{**asdict(made), "names": np.array(made.names)})
-    with np.load(options.parts) as kept:
-        parts = Parts(tuple(map(str, kept["names"])), *(kept[f] for f in list(Parts.__dataclass_fields__)[1:]))
-    choices, predictions = compare(parts), predict(parts)
+    both = []
+    for name in ("whole", "trained"):
+        file = options.parts / f"{options.parameters}-{name}.npz"
+        if not file.is_file():
+            options.parts.mkdir(parents=True, exist_ok=True)
+            made = measure_parts(options.parameters, options.rows, name == "trained")
+            np.savez(file, **{**asdict(made), "names": np.array(made.names)})
+        with np.load(file) as kept:
+            both.append(Parts(tuple(map(str, kept["names"])), *(kept[f] for f in list(Parts.__dataclass_fields__)[1:])))
+    parts, trained = both
+    choices, predictions = compare(parts, trained), predict(parts, trained)
     for one in choices:
-        ranks = "  ".join(f"{name} {r['rho']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for name, r in one["ranks"].items())
+        ranks = "  ".join(
+            f"{name} {r['rho']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for name, r in one["ranks"].items()
+        )
         print(f"{one['layers']:<12} {one['arithmetic_cost']:.2f}x  {ranks}")
     for one in predictions:
-        print(f"predicted from {one['from']}: " + "  ".join(f"{name} {rho:.2f}" for name, rho in one["mean_rho"].items()))
+        print(
+            f"predicted from {one['from']}: " + "  ".join(f"{name} {rho:.2f}" for name, rho in one["mean_rho"].items())
+        )
     share = (parts.squares / parts.all_squares).mean(1)
     if options.json:
         head = {"command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(), "commit": git_sha(ROOT),
