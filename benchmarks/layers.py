@@ -192,8 +192,8 @@ def compare(parts: Parts, trained: Parts) -> list[dict[str, Any]]:
     choices |= {"every 2nd": range(1, count, 2), "every 4th": range(1, count, 4), "lower half": range(count // 2)}
     truth, out = parts.truth, []
     tokens = np.exp(parts.facts[:, 1:])
-    # Short rows of one turn: from the token that predicts the first trained one to the end.
-    share = float((tokens[:, 1] + 1).sum() / tokens[:, 0].sum())
+    # Rows of one turn: the token that predicts the first trained one, those that are trained, and the line break behind them.
+    share = float((tokens[:, 1] + 2).sum() / tokens[:, 0].sum())
     ranks = {
         what: asdict(spearman_interval(trained.truth[:, j], truth[:, j]))
         for j, what in enumerate((*parts.names, "norm"))
