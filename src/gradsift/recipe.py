@@ -109,6 +109,7 @@ class CollectConfig(Strict):
     Args:
         sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
         layers: measure the upper decoder layers only, a share (25%, rounded up) or a count (8); None measures all.
+        positions: trained holds what stands before a row's first trained token constant: its tokens have no gradient.
         tokens_per_batch: longest row times rows of a micro-batch never exceed this; auto takes what fits the free memory.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
@@ -122,6 +123,7 @@ class CollectConfig(Strict):
 
     sketch_dim: int = Field(default=4093, ge=2)
     layers: str | None = Field(default=None, pattern=UPPER)
+    positions: Literal["all", "trained"] = "all"
     tokens_per_batch: TokenBudget = Field(default=1024, ge=AUTO)
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"
@@ -212,14 +214,15 @@ class ScreenConfig(Strict):
     """A cheap pass over all rows before an exact one over those that may be chosen.
 
     Args:
-        layers: upper decoder layers of the cheap pass, a share (25%) or a count (8); None measures every row exactly.
+        by: what the cheap pass measures: trained (every layer, with prompts held constant), or upper decoder layers, a share
+            (25%) or a count (8); None measures every row exactly.
         calibrate: rows drawn at random and measured both ways, from which the screen's error is known.
         certify: rows drawn at random among those left out and measured exactly, which bound what was lost.
         miss: estimated share of the choice that may be left out.
         confidence: of that bound.
     """
 
-    layers: str | None = Field(default=None, pattern=UPPER)
+    by: str | None = Field(default=None, pattern=rf"{UPPER}|^trained$")
     calibrate: int = Field(default=100, ge=20)
     certify: int = Field(default=200, ge=1)
     miss: float = Field(default=0.02, gt=0.0, lt=1.0)

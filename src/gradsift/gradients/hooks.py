@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gradsift.errors import ModelError
+from gradsift.errors import ConfigError, ModelError
 from gradsift.gradients import fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
@@ -29,6 +29,7 @@ from gradsift.gradients.embed import pool_positions
 from gradsift.gradients.experts import bias_sums, check_router, is_experts, tapped
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
+from gradsift.gradients.prefix import Held, empty_cache, hold_prompts
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
 from gradsift.gradients.slopes import Sloped, losses_and_slopes
@@ -78,8 +79,11 @@ class GradientEngine:
         road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
         first_layer: the backward stops where this decoder layer (from 0) begins: whatever is computed before it is a
             constant, and ``names`` are those of :func:`gradsift.gradients.upper.choose_upper`. None stops at the embedding.
+        trained_only: what stands before a row's first trained token is held constant, see :mod:`gradsift.gradients.prefix`;
+            gradients are those of the rest.
 
     Raises:
+        ConfigError: embeddings are asked for, and the prompt is to be held constant.
         ModelError: the model has no LM head that can be hooked.
     """
 
@@ -96,7 +100,14 @@ class GradientEngine:
         edges: bool = True,
         road: roads.Road = "auto",
         first_layer: int | None = None,
+        trained_only: bool = False,
     ) -> None:
+        if trained_only and embedding:
+            raise ConfigError(
+                "embeddings are those of whole rows", where="collect.positions", got="trained", expected="all",
+                do="leave collect.positions out, or choose a method that needs no embedding",
+            )  # fmt: skip
+        self.trained_only = trained_only
         self.norms = norms
         self.edges = edges and norms
         self.model = model.eval()
@@ -156,8 +167,12 @@ class GradientEngine:
     def edge_norms(self) -> tuple[str, ...]:
         """Which of :data:`EDGE_NORMS` a pass measures."""
         emb, head = (self.edges or (self.norms and b is not None) for b in (self._embedding_block, self._head_block))
-        # From a later layer on the backward never gets to the embedding, whose table may still be measured as the head.
-        return tuple(name for name, on in zip(EDGE_NORMS, (emb and self._first is None, head)) if on)
+        return tuple(name for name, on in zip(EDGE_NORMS, (emb and self._sees_lookups, head)) if on)
+
+    @property
+    def _sees_lookups(self) -> bool:
+        """Whether the backward gets to all tokens' lookups; the table may still be measured as the head where not."""
+        return self._first is None and not self.trained_only
 
     @property
     def device(self) -> torch.device:
@@ -349,7 +364,7 @@ class GradientEngine:
             squares = block.measure(waiting, self._batch.totals)
             if block is self._head_block:
                 self._batch.head_square = squares.linear
-            if block is self._embedding_block and self._first is None:
+            if block is self._embedding_block and self._sees_lookups:
                 self._batch.emb_square = squares.looked_up
             del self._pending[block.name]
 
@@ -397,11 +412,21 @@ class GradientEngine:
 
         Returns:
             Losses, squared norms, dots, sketches, embedding and head norms.
+
+        Raises:
+            ConfigError: prompts' losses are asked for where prompts are held constant.
         """
         if self.num_directions:
             refuse_without_norms(self.norms, "exact dots")
+        logits_of = self._logits
+        if self.trained_only:
+            if prompt is not None:
+                raise ConfigError("prompts' losses are those of whole rows", where="collect.positions", got="trained")
+            held = hold_prompts(input_ids, labels, lengths)
+            logits_of = self._after_prefix(held)
+            input_ids, labels, lengths = held.input_ids, held.labels, held.lengths
         with self._running(input_ids, labels, lengths, prompt) as batch:
-            logits = self._logits(input_ids)
+            logits = logits_of(input_ids)
             got = self._sloped(logits, labels, input_ids)
             assert got.slope is not None
             torch.autograd.backward(logits, got.slope.to(logits.dtype)[None])
@@ -435,6 +460,22 @@ class GradientEngine:
         if self._takes_positions:
             extra["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.model(input_ids=input_ids, use_cache=False, **extra).logits
+
+    def _after_prefix(self, held: Held) -> Callable[[Tensor], Tensor]:
+        """Run the prefixes without a graph; what is returned gives the logits of the rest."""
+        if not held.prefix.shape[1]:
+            return self._logits
+        kept = empty_cache(self.model)
+        nothing = torch.full_like(held.prefix, -100)
+        with (
+            torch.no_grad(),
+            self._running(held.prefix, nothing, held.starts, None),
+        ):  # no logits: nothing is supervised
+            self.model(input_ids=held.prefix, use_cache=True, **kept)
+        extra = {"position_ids": held.positions} if self._takes_positions else {}
+        return lambda input_ids: (
+            self.model(input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra).logits
+        )
 
     @contextmanager
     def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor, prompt: Tensor | None) -> Iterator[_Batch]:

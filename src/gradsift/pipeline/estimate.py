@@ -181,7 +181,9 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         budget=recipe.budget,
         num_parameters=counts,
         cost=cost,
-        memory=None if cost == "text" else pass_memory(
+        memory=None
+        if cost == "text"
+        else pass_memory(
             prepared, measured_rows(prepared), gradients=cost == "gradient", num_gradients=proxy.num_gradients
         ),
         held_bytes=resident(),

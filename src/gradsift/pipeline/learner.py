@@ -113,7 +113,9 @@ class NavigatorLearner:
         """
         arrays, remark = load_state(self._place(name))
         if remark:
-            self.clock.progress.say(f"{remark}; the training goes on from {'its start' if arrays is None else 'before'}")
+            self.clock.progress.say(
+                f"{remark}; the training goes on from {'its start' if arrays is None else 'before'}"
+            )
         if arrays is None:
             return None
         self._earlier = arrays.pop(COST)

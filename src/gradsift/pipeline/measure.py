@@ -183,6 +183,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     prepared, notes = active.prepared, [*notes, *active.notes]
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
     embeds = wants_embedding(prepared, out)
+    trained_only = gradients and recipe.collect.positions == "trained"
     engine = GradientEngine(
         model,
         names,
@@ -190,9 +191,10 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
         embedding=embeds,
         edges=wants_edges(prepared, out),
         first_layer=first_layer,
+        trained_only=trained_only,
     )
     covered, remarks = _covered(parameters, upper, tuple(engine.blocks) if gradients else parameters.names)
-    notes += remarks
+    notes += [*remarks, *(_held_note(rows) if trained_only else [])]
     if gradients and engine.road != "tiles":
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
@@ -359,6 +361,17 @@ def _covered(parameters: Parameters, upper: Upper | None, seen: Sequence[str]) -
     return covered, [Note("coverage_layers", text, len(upper.parameters.names)), *_coverage_note(there)]
 
 
+def _held_note(rows: Sequence[TokenRow]) -> list[Note]:
+    """Say which share of the tokens is differentiated."""
+    left = sum(row.num_tokens - max(0, int(row.trained[1:].argmax())) for row in rows)
+    share = left / sum(row.num_tokens for row in rows)
+    text = (
+        f"prompts were held constant: the gradients are those of {share:.1%} of the tokens, from the one that predicts a row's "
+        "first trained token on"
+    )
+    return [Note("held_prompts", text, len(rows))]
+
+
 def _coverage_note(covered: Coverage) -> list[Note]:
     if covered.enough:
         return []
@@ -400,6 +413,7 @@ def _spec(
         template_sha256=prepared.rule.template_sha256,
         dtype=recipe.navigator.dtype,
         layers=None if upper is None else upper.text,
+        positions=recipe.collect.positions if gradients else "all",
     )
 
 
@@ -429,6 +443,7 @@ def _directions(
                     tick=lambda n, tokens: clock.tick("anchors", n, tokens),
                     embedding=embeds and source is prepared.target,
                     first_layer=engine.first_layer,
+                    trained_only=engine.trained_only,
                 )
                 save_direction(found, place, digest)
             built.append(found)

@@ -19,7 +19,7 @@ from gradsift.pipeline.early import check_early
 from gradsift.pipeline.forward import reads_prompts
 from gradsift.pipeline.progress import Clock
 from gradsift.pipeline.proxy_check import check_proxy
-from gradsift.pipeline.screen_check import check_screen
+from gradsift.pipeline.screen_check import check_parts, check_screen
 from gradsift.pipeline.warm_check import check_warmup
 from gradsift.recipe import Recipe, SourceConfig
 from gradsift.seeds import stream
@@ -168,14 +168,7 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="float32, or an adapter",
             do="--set navigator.dtype=float32 or --set navigator.parameters=lora",
         )
-    if recipe.collect.layers is not None and "emb_grad_norm" in needs.signals:
-        raise ConfigError(
-            f"{method.name} looks at the embedding's gradient, which upper layers do not give",
-            where="--layers",
-            got=recipe.collect.layers,
-            expected="every layer",
-            do="leave --layers out, or choose another method",
-        )
+    check_parts(recipe, method)
     check_screen(recipe, method)
     check_warmup(recipe, method)
     taken = {source.label for source in recipe.anchors} & {"target"}

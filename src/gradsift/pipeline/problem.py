@@ -22,6 +22,7 @@ from gradsift.types import Problem, TokenRow
 
 IN_MEMORY = 1 << 28  # bytes of sketches above which they stay on the disk: 16,395 rows of 4,093 numbers
 
+
 def eligible_rows(prepared: Prepared, measured: Measurement | None) -> list[TokenRow]:
     """List the rows that may be selected: usable, and measured without failure where anything was measured.
 

@@ -92,7 +92,7 @@ def select(
     if needs_model(recipe, prepared):
         prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
     screened = None
-    if recipe.screen.layers is not None:
+    if recipe.screen.by is not None:
         screened = measure_screened(prepared, budget, out, clock)
         prepared, measured, budget = screened.prepared, screened.measured, screened.budget
     else:
