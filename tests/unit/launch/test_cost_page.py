@@ -40,6 +40,14 @@ def test_the_predictions_and_shares_are_those_of_the_results():
     assert f"{lower:.0%} of its squared norm lies in the lower 15 layers, {upper:.0%} in the upper 8" in text
 
 
+def test_the_measured_costs_are_those_of_the_results():
+    lines = json.loads((ROOT / "docs" / "results" / "layers_cost.json").read_text("utf-8"))["lines"]
+    assert len(lines) == 6
+    for one in lines:
+        cost = one["cost"]
+        assert f"| {cost['median']:.2f} ({cost['low']:.2f}..{cost['high']:.2f}) |" in PAGE
+
+
 def test_every_option_of_the_command_exists():
     commands = typer.main.get_command(app).commands
     known = {name for command in ("select", "doctor") for p in commands[command].params for name in p.opts}
