@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from planted import planted_world
 
 from gradsift.methods import make_method, methods
 from gradsift.seeds import stream
 from gradsift.types import Budget
+from planted import planted_world
 
 VARIANTS = [(name, {}) for name in methods()] + [
     ("norm", {"band": "low"}), ("norm", {"band": "high"}), ("conflict", {"drop": "worst", "worst_share": 0.4}),
