@@ -413,12 +413,15 @@ class GradientEngine:
             return self._logits
         kept = empty_cache(self.model)
         nothing = torch.full_like(held.prefix, -100)
-        with torch.no_grad(), self._running(held.prefix, nothing, held.starts, None):  # no logits: nothing is supervised
+        with (
+            torch.no_grad(),
+            self._running(held.prefix, nothing, held.starts, None),
+        ):  # no logits: nothing is supervised
             self.model(input_ids=held.prefix, use_cache=True, **kept)
         extra = {"position_ids": held.positions} if self._takes_positions else {}
-        return lambda input_ids: self.model(
-            input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra
-        ).logits
+        return lambda input_ids: (
+            self.model(input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra).logits
+        )
 
     @contextmanager
     def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor, prompt: Tensor | None) -> Iterator[_Batch]:

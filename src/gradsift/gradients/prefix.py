@@ -46,9 +46,7 @@ class Held:
         return torch.cat([seen.long(), torch.ones_like(self.input_ids)], dim=1)
 
 
-def hold_prompts(
-    input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]
-) -> Held:
+def hold_prompts(input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Held:
     """Cut every row before the token that predicts its first trained one.
 
     Args:

@@ -109,9 +109,7 @@ def _choose(
             tokens_per_batch=collect.tokens_per_batch, pad_id=prepared.pad_id, tick=tick, first_layer=first_layer,
             trained_only=collect.positions == "trained",
         )  # fmt: skip
-        engine = GradientEngine(
-            model, names, first_layer=first_layer, trained_only=collect.positions == "trained"
-        )
+        engine = GradientEngine(model, names, first_layer=first_layer, trained_only=collect.positions == "trained")
         attach(engine, [built])
         order = sorted(range(len(rows)), key=lambda i: (rows[i].num_tokens, rows[i].id))
         with engine:

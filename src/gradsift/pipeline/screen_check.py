@@ -35,7 +35,9 @@ def check_parts(recipe: Recipe, method: Method) -> None:
     whole = sorted(signals & OF_WHOLE_ROWS)
     if collect.positions != "all" and (whole or collect.signals == "all"):
         raise ConfigError(
-            f"{method.name} looks at what belongs to whole rows" if whole else "all signals include those of whole rows",
+            f"{method.name} looks at what belongs to whole rows"
+            if whole
+            else "all signals include those of whole rows",
             where="collect.positions",
             got=f"{collect.positions}, with {', '.join(whole) or 'collect.signals=all'}",
             expected="collect.positions=all",
