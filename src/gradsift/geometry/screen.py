@@ -9,7 +9,7 @@ number of those never measured that an exact pass would choose. The last step do
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Set
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,7 +136,8 @@ class ScreenCertificate:
         num_drawn: rows sampled among them at random and measured exactly.
         num_found: of these, the rows that were chosen in the end.
         num_chosen: rows chosen in the end.
-        high: upper bound on the rows never measured that an exact pass would choose; the interval begins at 0.
+        likely: estimate of the rows never measured that an exact pass would choose.
+        high: upper bound on them; the interval begins at 0.
         confidence: of the bound, in (0, 1).
     """
 
@@ -144,61 +145,60 @@ class ScreenCertificate:
     num_drawn: int
     num_found: int
     num_chosen: int
+    likely: int
     high: int
     confidence: float
 
     @property
     def estimate(self) -> float:
-        """Estimated share of the rows that an exact pass would choose that were never measured, in [0, 1].
-
-        It errs upwards: the sample's rows are chosen among fewer rivals than an exact pass has.
-        """
-        unmeasured = self.num_out - self.num_drawn
-        return self._share(self.num_found / self.num_drawn * unmeasured if self.num_drawn else unmeasured)
+        """Estimated share of the rows that an exact pass would choose that were never measured, in [0, 1]."""
+        return self.likely / self.num_chosen if self.num_chosen else 0.0
 
     @property
     def high_share(self) -> float:
-        """Upper bound on that share."""
-        return self._share(self.high)
-
-    def _share(self, rows: float) -> float:
-        return min(1.0, rows / self.num_chosen) if self.num_chosen else float(rows > 0)
+        """Upper bound on that share, in [0, 1]."""
+        return self.high / self.num_chosen if self.num_chosen else 0.0
 
 
 def certify_screen(
-    num_out: int, num_drawn: int, num_found: int, num_chosen: int, confidence: float = 0.95
+    num_out: int, num_drawn: int, places: Sequence[int], num_chosen: int, confidence: float = 0.95
 ) -> ScreenCertificate:
     """Bound what a screen has lost, exactly, by the hypergeometric distribution.
 
-    Let E be what the method chooses when every row is measured exactly, and let n of the N rows that the screen left out be
-    drawn and measured. If the draw is a simple random sample, the number of E's rows in it is hypergeometric, so
-    P(at most z in the sample | K of E among the N) <= 1 - confidence excludes K: the bound is the largest K that is not
-    excluded. It assumes
+    Let E be the k rows that the method chooses when every row is measured exactly, and let n of the N rows that the screen left
+    out be drawn and measured. If m rows of E were never measured, the other k - m are the best k - m of the rows chosen in the
+    end, and z(m) of the drawn rows are among these. E then has m + z(m) rows among the N, and if the draw is a simple random
+    sample the number of them in it is hypergeometric: an m with P(at most z(m) | m + z(m) of N) <= 1 - confidence is excluded.
+    The bound is the largest m that is not. It assumes
     (1) the sample is drawn at random from what was left out, after the screen has decided and by nothing that the rows
         say; a sample of the screen's own favorites or of its surest rejects makes it worthless;
-    (2) a row that the method chooses out of all rows it also chooses out of any part of them that holds it, at the same
-        budget, so that z counts at least E's rows in the sample. It is exact where rows are ranked one by one under a
-        budget of rows; where prices or a token budget depend on the other rows it is an approximation;
+    (2) the method ranks rows one by one: of the rows with exact signals it takes those of E first, and fills up with the next
+        best. It is exact where a row's score depends on that row alone, and an approximation where prices tie them together;
     (3) the exact pass would choose as many rows as were chosen, true of budgets in rows.
     Nothing is assumed of how good the screen is, or of the distribution of its errors.
 
     Args:
         num_out: N, rows left out, those of the sample included.
         num_drawn: n, rows of the sample, at most N.
-        num_found: z, rows of the sample that were chosen in the end, at most n.
-        num_chosen: rows chosen in the end.
+        places: places, from 0 for the best, that rows of the sample have among the rows chosen in the end.
+        num_chosen: k, rows chosen in the end.
         confidence: of the bound.
 
     Returns:
-        The bound on the rows of E among the N - n that were never measured.
+        Estimate and bound of the rows of E among the N - n that were never measured.
 
     Raises:
         ValueError: the counts contradict one another (our own mistake).
     """
-    if not (0 <= num_found <= num_drawn <= num_out and num_found <= num_chosen and 0 < confidence < 1):
-        raise ValueError(f"impossible counts {num_out, num_drawn, num_found, num_chosen}, confidence {confidence}")
-    most = min(num_out - num_drawn + num_found, num_chosen)
-    could = np.arange(num_found, most + 1)  # K: E's rows among those left out
-    few = stats.hypergeom.cdf(num_found, num_out, could, num_drawn) if num_out else np.ones(len(could))
-    high = int(could[few > 1 - confidence].max(initial=num_found)) - num_found
-    return ScreenCertificate(num_out, num_drawn, num_found, num_chosen, high, confidence)
+    at = np.sort(np.asarray(places, dtype=np.int64))
+    found = len(at)
+    inside = found == 0 or (at[0] >= 0 and at[-1] < num_chosen and len(np.unique(at)) == found)
+    if not (found <= num_drawn <= num_out and inside and 0 < confidence < 1):
+        raise ValueError(f"impossible counts {num_out, num_drawn, found, num_chosen}, confidence {confidence}")
+    unmeasured = num_out - num_drawn
+    lost = np.arange(min(unmeasured, num_chosen) + 1)  # m
+    among = np.searchsorted(at, num_chosen - lost)  # z(m)
+    few = stats.hypergeom.cdf(among, num_out, lost + among, num_drawn) if num_out else np.ones(len(lost))
+    high = int(lost[few > 1 - confidence].max(initial=0))
+    likely = int(lost[among * unmeasured <= lost * max(1, num_drawn)].min(initial=lost[-1])) if num_drawn else high
+    return ScreenCertificate(num_out, num_drawn, found, num_chosen, likely, high, confidence)

@@ -73,9 +73,11 @@ class Screened:
         Returns:
             The certificate.
         """
-        found = len(self.drawn & set(selection.ids))
+        rank = dict(zip(selection.problem_ids, selection.rank.tolist(), strict=True))
+        best_first = sorted(selection.ids, key=lambda row: rank[row])
+        places = [place for place, row in enumerate(best_first) if row in self.drawn]
         confidence = self.prepared.recipe.screen.confidence
-        return certify_screen(self.num_out, len(self.drawn), found, len(selection.ids), confidence)
+        return certify_screen(self.num_out, len(self.drawn), places, len(best_first), confidence)
 
     def note(self, selection: Selection) -> Note:
         """Say what was screened out and what that may have cost.
