@@ -1,8 +1,9 @@
 """Runs of several processes for the launcher tests: as a script the command line with a log of what each process measured.
 
 ``python tests/launched.py select ...`` appends ``PID KEY`` to the file ``$MEASURED`` before it measures a unit, then waits
-``$SLOW`` seconds, so that a kill from outside finds it at work; ``$DEFECT`` plants a defect. As a module: stub passes, and
-stores compared row by row.
+``$SLOW`` seconds, so that a kill from outside finds it at work. Rows of ``$POISON`` end the process by a segmentation fault
+and the row of ``$HANG`` stops it for ever, the latter once; ``$STUB`` puts made-up numbers in place of a model, and
+``$DEFECT`` plants a defect. As a module: stub passes, and stores compared row by row.
 """
 
 from __future__ import annotations
@@ -34,10 +35,54 @@ def log_measuring() -> None:
         return plain(run, some)
 
     module.measure_shard = logged
+    if os.environ.get("STUB"):
+        plain = made_up
+    trap()
     if os.environ.get("DEFECT") == "everyone has every unit":
         from gradsift.launch.board import Board
 
         Board.claim = lambda *_: True
+
+
+def trap() -> None:
+    """Let micro-batches with the rows of ``$POISON`` or ``$HANG`` end, or stop, this process."""
+    import ctypes
+
+    import gradsift.gradients.collect as module
+
+    poison, hang = (set(os.environ.get(name, "").split()) for name in ("POISON", "HANG"))
+    plain = module.collate
+
+    def trapped(rows, *more):
+        ids = {row.id for row in rows}
+        if ids & poison:
+            ctypes.string_at(0)
+        marker = Path(os.environ["MEASURED"]).with_suffix(".hung")
+        if ids & hang and not marker.exists():
+            marker.touch()
+            time.sleep(10_000)
+        return plain(rows, *more)
+
+    if poison or hang:
+        module.collate = trapped
+
+
+def made_up(run, rows):
+    """Signals that are a function of the row's id, in the shapes that the pass asks for."""
+    from gradsift.gradients.collect import _result as result
+    from gradsift.gradients.collect import _status, _Values
+
+    run.before(rows)
+    draws = np.stack(
+        [np.random.default_rng(list(row.id.encode())).standard_normal(8 + run.engine.projector.dim) for row in rows]
+    )
+    norm = np.exp(draws[:, 0])
+    values = _Values(
+        np.abs(draws[:, 1]), norm, norm / 3, norm / 5, norm[:, None] * draws[:, 2 : 2 + len(run.directions)] / 4,
+        norm[:, None] * draws[:, 8:] / np.sqrt(run.engine.projector.dim), None, {},
+    )  # fmt: skip
+    run.tick(len(rows), sum(row.num_tokens for row in rows))
+    return result(run, rows, [values], [_status(values, k, row, True) for k, row in enumerate(rows)])
 
 
 def act(*arguments):
@@ -132,7 +177,9 @@ def store_rows(out: Path, name: str = "signals") -> dict[str, tuple]:
     assert report.num_rows == sum(report.status.values())
     store = open_store(folder, spec)
     assert len(set(store.ids)) == len(store.ids) == report.num_rows
-    sketch = store.unit_sketch(store.ids)
+    usable = [name for name, status in zip(store.ids, store.status, strict=True) if status.usable]
+    sketch = np.full((len(store.ids), store.unit_sketch(usable[:1]).shape[1]), np.nan, dtype=np.float32)
+    sketch[store.positions(usable)] = store.unit_sketch(usable)
     columns = (store.loss, store.grad_norm, store.emb_grad_norm, store.head_grad_norm, store.all_dots, sketch)
     return {
         name: (store.content_hashes[i], str(store.status[i]), *(np.asarray(c[i]).tobytes() for c in columns))
@@ -167,19 +214,44 @@ def stub_rows(count: int, edition: int = 0) -> list:
     return rows
 
 
-def stub_bench(folder: Path, rows: Sequence, per_shard: int = 4, before: Callable[[str], None] = lambda _: None):
-    """A pass whose numbers are known; ``before`` is called with the first id of every unit."""
+def stub_bench(
+    folder: Path,
+    rows: Sequence,
+    per_shard: int = 4,
+    before: Callable[[str], None] = lambda _: None,
+    kills: Callable[[Sequence[str]], None] = lambda _: None,
+):
+    """A pass whose numbers are known; ``before`` is called with the first id of what is measured, ``kills`` with all."""
     from tests.unit.store.store_world import SPEC, measure
 
     from gradsift.launch.bench import Bench
+    from gradsift.launch.flight import Flight
     from gradsift.store.spec import content_hash
 
+    flight = Flight(folder)
+
     def measure_rows(some):
+        flight.write(some)
         before(some[0].id)
+        kills([row.id for row in some])
         hashes = tuple(content_hash(row.input_ids, row.trained) for row in some)
         return dataclasses.replace(measure([row.id for row in some]), content_hashes=hashes)
 
-    return Bench("signals", folder, SPEC, rows, per_shard, measure_rows, lambda n, tokens: None, {})
+    def lost(some, why):
+        from gradsift.types import RowStatus
+
+        nan = np.full(len(some), np.nan)
+        plain = measure([row.id for row in some])
+        hashes = tuple(content_hash(row.input_ids, row.trained) for row in some)
+        gone = dict.fromkeys(("loss", "grad_norm", "emb_grad_norm", "head_grad_norm"), nan)
+        return dataclasses.replace(
+            plain, content_hashes=hashes, status=(RowStatus.WORKER_CRASH,) * len(some), reason=tuple(why), **gone,
+            dots=np.full_like(plain.dots, np.nan), sketch=np.full_like(plain.sketch, np.nan),
+        )  # fmt: skip
+
+    return Bench(
+        "signals", folder, SPEC, rows, per_shard, measure_rows, lambda n, tokens: None, {}, lost=lost, flight=flight
+    )
 
 
 if __name__ == "__main__":

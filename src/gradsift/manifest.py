@@ -237,7 +237,7 @@ def make_folder(folder: Path) -> None:
     fsync_folder(folder.parent)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file (mode 0600) under a temporary name, fsync it and rename it; the folder is left to the caller.
 
     Args:
@@ -265,7 +265,7 @@ def write_file(path: Path, data: bytes) -> None:
         raise failure from error
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
+def write_bytes_atomic(path: Path, data: bytes | memoryview) -> None:
     """Publish a file: whoever sees the name sees all bytes, also after a power loss.
 
     Args:

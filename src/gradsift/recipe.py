@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from gradsift.errors import ConfigError
 from gradsift.types import Budget, LossOn
@@ -94,25 +94,42 @@ class NavigatorConfig(Strict):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
+AUTO = 0
+TokenBudget = Annotated[
+    int,
+    BeforeValidator(lambda value: AUTO if value == "auto" else value),
+    PlainSerializer(lambda value: "auto" if value == AUTO else value, return_type=int | str),
+]
+"""Tokens, or ``auto``, which is kept as 0: a pass that nobody chose a budget for takes its rows one by one."""
+
+
 class CollectConfig(Strict):
     """The one pass over the pool.
 
     Args:
         sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
         layers: measure the upper decoder layers only, a share (25%, rounded up) or a count (8); None measures all.
-        tokens_per_batch: longest row times rows of a micro-batch never exceed this.
+        positions: trained holds what stands before a row's first trained token constant: its tokens have no gradient.
+        tokens_per_batch: longest row times rows of a micro-batch never exceed this; auto takes what fits the free memory.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
-        abort_share: share of non-finite rows above which the run stops.
+        abort_share: share of rows that cannot be measured (not finite, out of memory, killing the process) above which
+            the run stops.
+        unreadable_share: share of malformed and untokenizable pool rows above which the run stops before it measures.
+        hang_seconds: a process that measures and is longer than this over one micro-batch ends, as if it had been
+            killed; 0 never ends it.
         check_disk: refuse to begin when the signals will not fit on the disk.
     """
 
     sketch_dim: int = Field(default=4093, ge=2)
     layers: str | None = Field(default=None, pattern=UPPER)
-    tokens_per_batch: int = Field(default=1024, ge=1)
+    positions: Literal["all", "trained"] = "all"
+    tokens_per_batch: TokenBudget = Field(default=1024, ge=AUTO)
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"
     abort_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    unreadable_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    hang_seconds: float = Field(default=7200.0, ge=0.0)
     check_disk: bool = True
 
 
@@ -197,14 +214,15 @@ class ScreenConfig(Strict):
     """A cheap pass over all rows before an exact one over those that may be chosen.
 
     Args:
-        layers: upper decoder layers of the cheap pass, a share (25%) or a count (8); None measures every row exactly.
+        by: what the cheap pass measures: trained (every layer, with prompts held constant), or upper decoder layers, a share
+            (25%) or a count (8); None measures every row exactly.
         calibrate: rows drawn at random and measured both ways, from which the screen's error is known.
         certify: rows drawn at random among those left out and measured exactly, which bound what was lost.
         miss: estimated share of the choice that may be left out.
         confidence: of that bound.
     """
 
-    layers: str | None = Field(default=None, pattern=UPPER)
+    by: str | None = Field(default=None, pattern=rf"{UPPER}|^trained$")
     calibrate: int = Field(default=100, ge=20)
     certify: int = Field(default=200, ge=1)
     miss: float = Field(default=0.02, gt=0.0, lt=1.0)

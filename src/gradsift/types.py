@@ -5,10 +5,10 @@ N pool rows, M anchor directions, D sketch size, k chosen rows, B batch rows, T 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -171,6 +171,28 @@ class Budget:
         return f"{self.tokens}tok" if self.tokens is not None else f"{self.percent:g}%"
 
 
+@runtime_checkable
+class StoredRows(Protocol):
+    """Vectors of rows that stay on the disk and are read when they are asked for; never an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+    def part(self, rows: Int[np.ndarray, " k"]) -> StoredRows:
+        """Look at some rows, in the order given, reading none."""
+        ...
+
+    def blocks(self, num_rows: int = 4096) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "b D"]]]:
+        """Walk all rows in the cheapest order: positions and vectors, good until the next block."""
+        ...
+
+
 @dataclass(frozen=True)
 class Noise:
     """Measured numerical bounds: how far a signal moves when a row is measured alone instead of in its batch.
@@ -236,7 +258,8 @@ class Problem:
         grad_norm: float64 [N] exact norm of the row's gradient, > 0.
         anchor_dot: float64 [N, M] exact dot with each protect anchor's *unit* direction.
         target_dot: float64 [N] exact dot with the target's unit direction.
-        sketch: float32 [N, D] (may be memory-mapped), <sketch_i, sketch_j> estimates <g_i, g_j>.
+        sketch: float32 [N, D], <sketch_i, sketch_j> estimates <g_i, g_j>; where it is large, rows that stay on the disk
+            (:class:`StoredRows`), which are indexed by arrays of rows and read in blocks.
         emb_grad_norm: float64 [N] norm of the embedding table's gradient.
         head_grad_norm: float64 [N] norm of the LM head's gradient.
         lexical: float64 [N] BM25 score against the target set.
@@ -286,7 +309,7 @@ class Problem:
     grad_norm: Float[np.ndarray, " N"] | None = None
     anchor_dot: Float[np.ndarray, "N M"] | None = None
     target_dot: Float[np.ndarray, " N"] | None = None
-    sketch: Float[np.ndarray, "N D"] | None = None
+    sketch: Float[np.ndarray, "N D"] | StoredRows | None = None
     emb_grad_norm: Float[np.ndarray, " N"] | None = None
     head_grad_norm: Float[np.ndarray, " N"] | None = None
     lexical: Float[np.ndarray, " N"] | None = None
@@ -347,7 +370,7 @@ class Problem:
                     expected="a finite number",
                     do="give such rows the status NONFINITE_GRAD before selecting",
                 )
-            if array.flags.writeable:
+            if isinstance(array, np.ndarray) and array.flags.writeable:
                 array.flags.writeable = False
         self._check_target_embedding()
         self._check_anchor_loss()

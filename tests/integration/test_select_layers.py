@@ -79,3 +79,19 @@ def test_the_command_takes_the_share(tmp_path, navigator):
 def test_what_cannot_be_is_refused(tmp_path, navigator, layers, method, word):
     with pytest.raises(ConfigError, match=word):
         run(world(tmp_path), tmp_path / "run", navigator, method, **{"collect.layers": layers})
+
+
+def test_prompts_held_constant_are_said_and_not_mixed(tmp_path, navigator):
+    files, out = world(tmp_path), tmp_path / "run"
+    whole = run(files, tmp_path / "whole", navigator)
+    part = run(files, out, navigator, **{"collect.positions": "trained"})
+    assert manifest(out)["spec"]["positions"] == "trained"
+    assert "emb_grad_norm" not in manifest(out)["spec"]["signals"]
+    (note,) = [n for n in part.notes if n.code == "held_prompts"]
+    assert note.count == 24
+    assert not np.allclose(part.score, whole.score)
+    with pytest.raises(SpecError, match="positions"):
+        run(files, out, navigator)
+    for method, settings in (("rds", {}), ("target_cosine", {"collect.signals": "all"})):
+        with pytest.raises(ConfigError, match="whole rows"):
+            run(files, tmp_path / "refused", navigator, method, **{"collect.positions": "trained", **settings})

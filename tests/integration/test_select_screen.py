@@ -18,8 +18,13 @@ from gradsift.pipeline.run import select as run_recipe
 from gradsift.recipe import build_recipe
 from gradsift.store.spec import kept_specs
 
-SMALL = {"collect.rows_per_shard": 16, "collect.sketch_dim": 61, "allow_weak_anchor": True, "navigator.parameters": "all"}
-SCREEN = {"screen.layers": "50%", "screen.calibrate": 30, "screen.certify": 25}
+SMALL = {
+    "collect.rows_per_shard": 16,
+    "collect.sketch_dim": 61,
+    "allow_weak_anchor": True,
+    "navigator.parameters": "all",
+}
+SCREEN = {"screen.by": "50%", "screen.calibrate": 30, "screen.certify": 25}
 POOL = 160
 
 
@@ -51,7 +56,9 @@ def test_the_exact_signals_are_those_of_a_whole_pass_and_the_bound_holds(both):
     full = pq.read_table(folder / "whole" / "selection" / "audit.parquet").to_pydict()
     exact = [i for i, status in enumerate(table["status"]) if status == "OK"]
     for name in ("loss", "grad_norm", "cos_math", "cos_target", "score"):
-        np.testing.assert_allclose([table[name][i] for i in exact], [full[name][i] for i in exact], rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(
+            [table[name][i] for i in exact], [full[name][i] for i in exact], rtol=2e-4, atol=2e-5
+        )
     out = [i for i, status in enumerate(table["status"]) if status == "SCREENED_OUT"]
     assert out
     assert all(table["reason"][i].startswith("the screen left it out") for i in out)
@@ -102,16 +109,19 @@ def test_a_screen_killed_after_its_first_stage_goes_on(both, navigator, tmp_path
 
 def test_a_set_level_method_and_a_token_budget_can_be_screened(both, navigator, tmp_path):
     files = both[0]
-    chosen = run(files, tmp_path / "dual", navigator, "ogs_dual", "300tok", **SCREEN, **{"navigator.parameters": "lora"})
+    chosen = run(
+        files, tmp_path / "dual", navigator, "ogs_dual", "300tok", **SCREEN, **{"navigator.parameters": "lora"}
+    )
     assert chosen.num_trained <= 300
     assert str(chosen.budget) == "300tok"
     assert manifest(tmp_path / "dual")["screen"]["worlds"] >= 20
 
 
-def test_the_command_takes_the_share(both, navigator, tmp_path):
+@pytest.mark.parametrize("by", ["1", "trained"])
+def test_the_command_takes_the_share(both, navigator, tmp_path, by):
     files = both[0]
     command = ["select", "--pool", files["pool"], "--target", files["target"], "--method", "target_cosine", "--budget",
-               "10", "--navigator", navigator, "--screen", "1", "--out", tmp_path / "run"]  # fmt: skip
+               "10", "--navigator", navigator, "--screen", by, "--out", tmp_path / "run"]  # fmt: skip
     for key, value in {**SMALL, "screen.calibrate": 30, "screen.certify": 25}.items():
         command += ["--set", f"{key}={value}"]
     result = CliRunner().invoke(app, [str(word) for word in command])
@@ -119,6 +129,8 @@ def test_the_command_takes_the_share(both, navigator, tmp_path):
     told = " ".join(result.output.split())
     assert "with 95% confidence at most" in told
     assert "SCREENED_OUT" in told
+    (spec,) = kept_specs(tmp_path / "run" / "screen")
+    assert (spec.layers, spec.positions) == ((None, "trained") if by == "trained" else ("2 to 2 of 2", "all"))
 
 
 @pytest.mark.parametrize(("method", "settings", "word"), [
@@ -136,6 +148,6 @@ def test_what_cannot_be_screened_is_refused(both, navigator, tmp_path, method, s
 
 def test_several_processes_are_refused(both, navigator, tmp_path):
     recipe = build_recipe({"pool": [{"label": "pool", "path": str(both[0]["pool"])}], "budget": "10", "target": str(both[0]["target"]),
-                           "method": {"name": "target_cosine"}, "screen": {"layers": "1"}})  # fmt: skip
+                           "method": {"name": "target_cosine"}, "screen": {"by": "1"}})  # fmt: skip
     with pytest.raises(ConfigError, match="one process"):
         run_recipe(recipe, tmp_path / "run", seat=Seat("ray", 0, 2))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -36,6 +38,10 @@ WORDS = {
 }
 
 
+PATIENCE_SECONDS = 2.0  # from a stop signal until the run is stopped in the midst of what it does
+HARD_SECONDS = 0.7  # from a second signal until the process ends without tidying up
+
+
 class Screen:
     """Progress on the terminal; also where a stop signal is noticed.
 
@@ -47,6 +53,7 @@ class Screen:
     def __init__(self, console: Console, resume: str) -> None:
         self.console, self.resume = console, resume
         self._stopped_by: int | None = None
+        self._overdue = self._ending = False
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._begun = 0.0
@@ -76,15 +83,12 @@ class Screen:
             done = self._bar.tasks[0].completed + tokens
             rate = f"{done / max(time.perf_counter() - self._begun, 1e-9):.0f}/s"
             self._bar.update(self._task, advance=tokens, rate=rate)
-        if self._stopped_by is not None:
-            self._close()
-            raise Interrupted(self._stopped_by, self.resume)
+        self._look()
 
     def finish(self, stage: str) -> None:
         """End a stage and say how long it took."""
         self._close()
-        if self._stopped_by is not None:
-            raise Interrupted(self._stopped_by, self.resume)
+        self._look()
         seconds = time.perf_counter() - self._begun
         if seconds >= 0.5:
             self.console.print(f"{WORDS.get(stage, stage)}: {seconds:.1f} s", style="dim", highlight=False)
@@ -92,6 +96,13 @@ class Screen:
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _look(self) -> None:
+        """Raise when a signal has asked to stop."""
+        if self._stopped_by is not None:
+            self._ending = True
+            self._close()
+            raise Interrupted(self._stopped_by, self.resume)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -102,20 +113,43 @@ class Screen:
     def watching_signals(self) -> Iterator[None]:
         """Let SIGTERM, SIGINT and SIGHUP stop the run at the next micro-batch; a second SIGINT stops at once.
 
+        Where no micro-batch ends for a while, such as in reading or loading, the run is stopped where it stands: whatever
+        is being written then does not count, as after a kill.
+
         Yields:
             Nothing.
         """
+        timers: list[threading.Timer] = []
+        main = threading.get_ident()
+
+        def later(seconds: float, do: Callable[[], object]) -> None:
+            timers.append(threading.Timer(seconds, do))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+        def overdue() -> None:
+            if not self._ending:
+                self._overdue = True
+                signal.pthread_kill(main, self._stopped_by or signal.SIGTERM)
 
         def stop(number: int, _: FrameType | None) -> None:
+            if self._stopped_by is not None and self._overdue:
+                self._overdue = False
+                self._look()
             if self._stopped_by is not None:
+                os.write(2, f"gradsift: stopped at once by signal {number}; resume with: {self.resume}\n".encode())
+                later(HARD_SECONDS, lambda: os._exit(128 + number))  # native code may not give way
                 raise KeyboardInterrupt
             self._stopped_by = number
+            later(PATIENCE_SECONDS, overdue)
 
         names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         before = {name: signal.signal(name, stop) for name in names}
         try:
             yield
         finally:
+            for timer in timers:
+                timer.cancel()
             self._close()
             for name, handler in before.items():
                 signal.signal(name, handler)

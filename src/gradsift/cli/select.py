@@ -93,8 +93,9 @@ TwoStage = Annotated[
     str | None,
     typer.Option(
         "--screen",
-        metavar="25%|8",
-        help="Measure all rows by these upper layers, and exactly only those that may be chosen; what was lost is bounded.",
+        metavar="trained|25%|8",
+        help="Measure all rows cheaply, with prompts held constant or by upper layers, and exactly only those that may be "
+        "chosen; what was lost is bounded.",
     ),
 ]
 RecipeFile = Annotated[
@@ -156,7 +157,7 @@ def command(
         ("data.loss_on", loss_on),
         ("data.dedup", dedup),
         ("collect.layers", layers),
-        ("screen.layers", screen),
+        ("screen.by", screen),
     ]
     from gradsift.launch.seat import find_seat
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from gradsift.types import StoredRows
+
 PREDICTION_ROWS = 512
 PERCENTILES = (5, 50, 95)
 
@@ -64,7 +66,7 @@ def predicted_conflict(c: float, rho: float, batch_size: int) -> float:
 def batch_conflict(
     dots: Float[np.ndarray, "k M"],
     norms: Float[np.ndarray, " k"],
-    sketch: Float[np.ndarray, "k D"],
+    sketch: Float[np.ndarray, "k D"] | StoredRows,
     batch_size: int,
     generator: np.random.Generator,
     *,
@@ -75,7 +77,7 @@ def batch_conflict(
     Args:
         dots: [k, M] exact dots of the rows' gradients with the anchors' unit directions.
         norms: [k] exact norms of the rows' gradients, > 0.
-        sketch: [k, D] sketches, <sketch_i, sketch_j> estimates <g_i, g_j>; may be memory-mapped.
+        sketch: [k, D] sketches, <sketch_i, sketch_j> estimates <g_i, g_j>; may stay on the disk.
         batch_size: rows per batch.
         generator: draws the random batches.
         num_batches: how many.
@@ -107,7 +109,7 @@ def batch_conflict(
 
 
 def _sum_cos(
-    dots: Float[np.ndarray, "k M"], sketch: Float[np.ndarray, "k D"], rows: Int[np.ndarray, " B"]
+    dots: Float[np.ndarray, "k M"], sketch: Float[np.ndarray, "k D"] | StoredRows, rows: Int[np.ndarray, " B"]
 ) -> Float[np.ndarray, " M"]:
     """Cosine of the rows' summed gradient with each anchor; NaN when the sum vanishes."""
     total = np.zeros(sketch.shape[1])
@@ -121,7 +123,7 @@ def _sum_cos(
 def _shared(
     dots: Float[np.ndarray, "k M"],
     norms: Float[np.ndarray, " k"],
-    sketch: Float[np.ndarray, "k D"],
+    sketch: Float[np.ndarray, "k D"] | StoredRows,
     generator: np.random.Generator,
 ) -> Float[np.ndarray, " M"]:
     """Mean of <g_i, g_j> / (|g_i||g_j|) - c_i c_j over pairs of up to 512 rows; 0 for a single row."""

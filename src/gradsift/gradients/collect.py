@@ -27,7 +27,8 @@ from gradsift.types import Noise, RowStatus, TokenRow
 
 CODE_VERSION = "gradients-1"
 SAFETY = 4.0  # the bound is this many times the largest difference seen
-BAD = (RowStatus.NONFINITE_LOSS, RowStatus.NONFINITE_GRAD)
+# Rows that the pass could not measure; a row without a gradient is measured, and has none.
+BAD = (RowStatus.NONFINITE_LOSS, RowStatus.NONFINITE_GRAD, RowStatus.OOM_AT_1, RowStatus.WORKER_CRASH)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Pass:
         gradients: False measures losses only, and embeddings where the engine pools them.
         tick: called after every micro-batch with the rows and tokens done; raises to stop the run.
         extras: what else is measured by forwards.
+        before: called with the rows of a micro-batch before it is measured.
     """
 
     engine: GradientEngine
@@ -51,6 +53,7 @@ class Pass:
     gradients: bool = True
     tick: Callable[[int, int], None] = lambda rows, tokens: None
     extras: Extras = NO_EXTRAS
+    before: Callable[[Sequence[TokenRow]], None] = lambda rows: None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,27 @@ def measure_shard(run: Pass, rows: Sequence[TokenRow]) -> ShardResult:
             parts.append(values)
             statuses += [_status(values, k, row, run.gradients) for k, row in enumerate(part)]
         run.tick(len(some), sum(row.num_tokens for row in some))
+    return _result(run, rows, parts, statuses)
+
+
+def unmeasured(run: Pass, rows: Sequence[TokenRow], status: RowStatus, reasons: Sequence[str]) -> ShardResult:
+    """Give rows a status that says why they have no signals.
+
+    Args:
+        run: engine and settings.
+        rows: n rows that nothing is measured of.
+        status: of all of them; not a usable one.
+        reasons: n sentences.
+
+    Returns:
+        A result without a number but their tokens.
+    """
+    return _result(run, rows, [_empty(run, rows)], [(status, reason) for reason in reasons])
+
+
+def _result(
+    run: Pass, rows: Sequence[TokenRow], parts: Sequence[_Values], statuses: Sequence[tuple[RowStatus, str]]
+) -> ShardResult:
     usable = np.array([status.usable for status, _ in statuses])
 
     def column(name: str, extra: bool = False) -> Float[np.ndarray, ...]:
@@ -139,6 +163,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
+    run.before(rows)
     batch = collate(rows, range(len(rows)), run.pad_id)
     device = next(run.engine.model.parameters()).device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
@@ -257,8 +282,11 @@ def measure_noise(
     floor = 16 * float(torch.finfo(run.engine.dtype).eps)
     loss = norm = cos = turned = 0.0
     for row in drawn:
-        alone, stored = measure_shard(run, [row]), shard_values(row.id)
-        if not (alone.usable[0] and stored.usable[0]):
+        stored = shard_values(row.id)
+        if not stored.usable[0]:  # a row that killed a process would kill this one
+            continue
+        alone = measure_shard(run, [row])
+        if not alone.usable[0]:
             continue
         loss = max(loss, abs(float(alone.loss[0] - stored.loss[0])))
         for name in {"prompt_loss", "alone_loss"} & set(alone.extra):  # one bound for every loss
@@ -281,21 +309,27 @@ def measure_noise(
     )
 
 
-def refuse_if_mostly_bad(counts: dict[RowStatus, int], abort_share: float) -> None:
-    """Stop a run whose rows are mostly not finite: the model or its arithmetic is broken, not the rows.
+def refuse_if_mostly_bad(counts: Mapping[RowStatus, int], abort_share: float, num_rows: int = 0) -> None:
+    """Stop a run whose rows mostly cannot be measured: the model or its arithmetic is broken, not the rows.
 
     Args:
         counts: measured rows by status.
-        abort_share: largest accepted share of non-finite rows.
+        abort_share: largest accepted share of ``num_rows``, in [0, 1].
+        num_rows: rows that are measured in all; 0 takes those measured so far.
 
     Raises:
-        NumericsError: the share is exceeded and at least 20 rows were measured.
+        NumericsError: the share is exceeded whatever the other rows give; or more than half of at least 20 rows
+            measured so far, and more than the share of them, are bad.
     """
     total, bad = sum(counts.values()), sum(counts.get(status, 0) for status in BAD)
-    if total >= 20 and bad > abort_share * total:
+    if total < min(20, num_rows or 20):
+        return
+    if bad > abort_share * max(num_rows, total) or bad > max(0.5, abort_share) * total:
+        seen = ", ".join(f"{status.value} {counts[status]}" for status in BAD if counts.get(status))
         raise NumericsError(
-            "too many rows have a loss or gradient that is not finite",
-            got=f"{bad} of {total} rows",
+            "too many rows cannot be measured",
+            where="collect.abort_share",
+            got=f"{bad} of {total} rows so far ({seen}), of {max(num_rows, total)} in all",
             expected=f"at most {abort_share:.0%}",
             do="run gradsift doctor; try navigator.dtype=float32, or raise collect.abort_share",
         )

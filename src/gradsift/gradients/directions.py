@@ -61,6 +61,7 @@ def build_direction(
     tick: Callable[[int, int], None] = lambda rows, tokens: None,
     embedding: bool = False,
     first_layer: int | None = None,
+    trained_only: bool = False,
 ) -> BuiltDirection:
     """Average the gradients of some rows.
 
@@ -75,6 +76,7 @@ def build_direction(
         tick: called with rows and tokens done.
         embedding: also keep the rows' embeddings.
         first_layer: where the backward stops; None for the embedding.
+        trained_only: hold what stands before the first trained token constant.
 
     Returns:
         The unit direction, its length and the rows' sketches.
@@ -84,8 +86,9 @@ def build_direction(
     """
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
     engine = GradientEngine(
-        model, parameters, projector=projector, building=True, embedding=embedding, norms=False, first_layer=first_layer
-    )
+        model, parameters, projector=projector, building=True, embedding=embedding, norms=False, first_layer=first_layer,
+        trained_only=trained_only,
+    )  # fmt: skip
     device = next(model.parameters()).device
     sketches, losses, embeddings = [], [], []
     with engine:

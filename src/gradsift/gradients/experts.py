@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradsift.errors import ModelError
 from gradsift.gradients.blocks import Block, Outer, Routed, Squares, Totals
 from gradsift.gradients.prefold import add_rows_
 from gradsift.gradients.wide import bmm_wide, padded
@@ -101,6 +102,28 @@ def tapped(module: nn.Module, tap: Tap) -> Iterator[None]:
         yield
     finally:
         del module.forward
+
+
+def check_router(module: Any, x: Tensor, logits: Tensor) -> None:
+    """Hold a router to its rule: what it returns first are the logits of its experts.
+
+    Args:
+        module: the router, with ``weight`` [E, d] and perhaps ``bias``.
+        x: its input.
+        logits: what it returned first.
+
+    Raises:
+        ModelError: it is something else, so its gradient is not that of the weight's product.
+    """
+    weight, bias = module.weight.detach(), getattr(module, "bias", None)
+    with torch.no_grad():
+        want = functional.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias)
+    if logits.shape != want.shape or not torch.allclose(logits.detach().to(want.dtype), want, atol=1e-2, rtol=1e-2):
+        raise ModelError(
+            "a router does not return the logits of its experts first, so its gradient cannot be measured",
+            where=type(module).__name__,
+            do="leave its weight out of navigator.parameters",
+        )
 
 
 def bias_sums(

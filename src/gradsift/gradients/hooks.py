@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +20,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gradsift.errors import ModelError
+from gradsift.errors import ConfigError, ModelError
 from gradsift.gradients import fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
 from gradsift.gradients.edges import embedding_squares, head_squares
 from gradsift.gradients.embed import pool_positions
-from gradsift.gradients.experts import bias_sums, is_experts, tapped
+from gradsift.gradients.experts import bias_sums, check_router, is_experts, tapped
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
+from gradsift.gradients.prefix import Held, empty_cache, hold_prompts
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
+from gradsift.gradients.slopes import Sloped, losses_and_slopes
 from gradsift.gradients.taps import find_layers
 
 EDGE_NORMS = ("emb_grad_norm", "head_grad_norm")
@@ -59,7 +61,6 @@ class _Batch:
     head_square: Tensor
     embedding: Tensor | None = None
     prompt: Tensor | None = None
-    prompt_loss: Tensor | None = None
 
 
 class GradientEngine:
@@ -78,8 +79,11 @@ class GradientEngine:
         road: how gradients are measured; auto takes tiles on a CPU and what is fastest on a GPU, see ``description``.
         first_layer: the backward stops where this decoder layer (from 0) begins: whatever is computed before it is a
             constant, and ``names`` are those of :func:`gradsift.gradients.upper.choose_upper`. None stops at the embedding.
+        trained_only: what stands before a row's first trained token is held constant, see :mod:`gradsift.gradients.prefix`;
+            gradients are those of the rest.
 
     Raises:
+        ConfigError: embeddings are asked for, and the prompt is to be held constant.
         ModelError: the model has no LM head that can be hooked.
     """
 
@@ -96,7 +100,14 @@ class GradientEngine:
         edges: bool = True,
         road: roads.Road = "auto",
         first_layer: int | None = None,
+        trained_only: bool = False,
     ) -> None:
+        if trained_only and embedding:
+            raise ConfigError(
+                "embeddings are those of whole rows", where="collect.positions", got="trained", expected="all",
+                do="leave collect.positions out, or choose a method that needs no embedding",
+            )  # fmt: skip
+        self.trained_only = trained_only
         self.norms = norms
         self.edges = edges and norms
         self.model = model.eval()
@@ -156,8 +167,12 @@ class GradientEngine:
     def edge_norms(self) -> tuple[str, ...]:
         """Which of :data:`EDGE_NORMS` a pass measures."""
         emb, head = (self.edges or (self.norms and b is not None) for b in (self._embedding_block, self._head_block))
-        # From a later layer on the backward never gets to the embedding, whose table may still be measured as the head.
-        return tuple(name for name, on in zip(EDGE_NORMS, (emb and self._first is None, head)) if on)
+        return tuple(name for name, on in zip(EDGE_NORMS, (emb and self._sees_lookups, head)) if on)
+
+    @property
+    def _sees_lookups(self) -> bool:
+        """Whether the backward gets to all tokens' lookups; the table may still be measured as the head where not."""
+        return self._first is None and not self.trained_only
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +270,10 @@ class GradientEngine:
         if isinstance(
             output, tuple
         ):  # a router's logits come first, and are checked to be what its rule takes them for
-            output = self._logits_of(module, inputs[0], output[0])
+            output = output[0]
+            if module not in self._checked:
+                check_router(module, inputs[0], output)
+                self._checked.add(module)
         if module not in self._uses and not self.edges:
             return
         if not output.requires_grad:  # nothing before the lowest of those measured is in the graph
@@ -264,22 +282,6 @@ class GradientEngine:
             self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
         x = inputs[0].detach()
         output.register_hook(lambda g: self._after_backward(module, x, g))
-
-    def _logits_of(self, module: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
-        if module not in self._checked:
-            weight, bias = (None if p is None else p.detach() for p in (module.weight, getattr(module, "bias", None)))
-            with torch.no_grad():
-                want = nn.functional.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias)
-            if logits.shape != want.shape or not torch.allclose(
-                logits.detach().to(want.dtype), want, atol=1e-2, rtol=1e-2
-            ):
-                raise ModelError(
-                    "a router does not return the logits of its experts first, so its gradient cannot be measured",
-                    where=type(module).__name__,
-                    do="leave its weight out of navigator.parameters",
-                )
-            self._checked.add(module)
-        return logits
 
     def _after_product(
         self, module: nn.Module, local: str, x: Tensor, y: Tensor, token: Tensor, expert: Tensor
@@ -362,7 +364,7 @@ class GradientEngine:
             squares = block.measure(waiting, self._batch.totals)
             if block is self._head_block:
                 self._batch.head_square = squares.linear
-            if block is self._embedding_block and self._first is None:
+            if block is self._embedding_block and self._sees_lookups:
                 self._batch.emb_square = squares.looked_up
             del self._pending[block.name]
 
@@ -388,9 +390,9 @@ class GradientEngine:
             Losses and embeddings.
         """
         with self._running(input_ids, labels, lengths, prompt) as batch:
-            loss, _ = self._loss(self._logits(input_ids), labels, input_ids)
+            got = self._sloped(self._logits(input_ids), labels, input_ids, slope=False)
             return Forwarded(
-                loss.cpu(), *(None if t is None else t.cpu() for t in (batch.embedding, batch.prompt_loss))
+                got.loss.cpu(), *(None if t is None else t.cpu() for t in (batch.embedding, got.prompt_loss))
             )
 
     def measure(
@@ -410,26 +412,43 @@ class GradientEngine:
 
         Returns:
             Losses, squared norms, dots, sketches, embedding and head norms.
+
+        Raises:
+            ConfigError: prompts' losses are asked for where prompts are held constant.
         """
         if self.num_directions:
             refuse_without_norms(self.norms, "exact dots")
+        logits_of = self._logits
+        if self.trained_only:
+            if prompt is not None:
+                raise ConfigError("prompts' losses are those of whole rows", where="collect.positions", got="trained")
+            held = hold_prompts(input_ids, labels, lengths)
+            logits_of = self._after_prefix(held)
+            input_ids, labels, lengths = held.input_ids, held.labels, held.lengths
         with self._running(input_ids, labels, lengths, prompt) as batch:
-            logits = self._logits(input_ids)
-            loss, slope = self._loss(logits, labels, input_ids)
-            torch.autograd.backward(logits, slope.to(logits.dtype)[None])
+            logits = logits_of(input_ids)
+            got = self._sloped(logits, labels, input_ids)
+            assert got.slope is not None
+            torch.autograd.backward(logits, got.slope.to(logits.dtype)[None])
             if self._pending:
                 raise AssertionError(f"no gradient arrived for {sorted(self._pending)}")
             totals = batch.totals
             return Measured(
-                loss.cpu(),
+                got.loss.cpu(),
                 totals.square.cpu(),
                 totals.dots.cpu(),
                 None if totals.sketch is None else self._sketch(totals).cpu(),
                 batch.emb_square.clamp_min(0).sqrt().cpu(),
                 batch.head_square.clamp_min(0).sqrt().cpu(),
                 None if batch.embedding is None else batch.embedding.cpu(),
-                None if batch.prompt_loss is None else batch.prompt_loss.cpu(),
+                None if got.prompt_loss is None else got.prompt_loss.cpu(),
             )
+
+    def _sloped(self, logits: Tensor, labels: Tensor, input_ids: Tensor, *, slope: bool = True) -> Sloped:
+        assert self._batch is not None
+        prompt, places = self._batch.prompt, self._batch.places
+        kernels = self.road == "fused"
+        return losses_and_slopes(logits[0], labels, input_ids, prompt, places, kernels=kernels, slope=slope)
 
     def _sketch(self, totals: Totals) -> Tensor:
         assert totals.sketch is not None
@@ -441,6 +460,22 @@ class GradientEngine:
         if self._takes_positions:
             extra["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.model(input_ids=input_ids, use_cache=False, **extra).logits
+
+    def _after_prefix(self, held: Held) -> Callable[[Tensor], Tensor]:
+        """Run the prefixes without a graph; what is returned gives the logits of the rest."""
+        if not held.prefix.shape[1]:
+            return self._logits
+        kept = empty_cache(self.model)
+        nothing = torch.full_like(held.prefix, -100)
+        with (
+            torch.no_grad(),
+            self._running(held.prefix, nothing, held.starts, None),
+        ):  # no logits: nothing is supervised
+            self.model(input_ids=held.prefix, use_cache=True, **kept)
+        extra = {"position_ids": held.positions} if self._takes_positions else {}
+        return lambda input_ids: (
+            self.model(input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra).logits
+        )
 
     @contextmanager
     def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor, prompt: Tensor | None) -> Iterator[_Batch]:
@@ -480,44 +515,6 @@ class GradientEngine:
 
     def _start(self, size: int, measured: bool) -> Float[Tensor, " B"]:
         return torch.full((size,), 0.0 if measured else float("nan"), dtype=torch.float64, device=self._device)
-
-    def _loss(
-        self, logits: Float[Tensor, "1 S V"], labels: Int[Tensor, "B T"], input_ids: Int[Tensor, "B T"]
-    ) -> tuple[Tensor, Tensor]:
-        """Losses [B] in float64 and the slope of their sum at the logits [S, V] (softmax minus one-hot, over T_i)."""
-        assert self._batch is not None
-        supervised, prompt = labels[:, 1:] != -100, self._batch.prompt
-        counts = supervised.sum(1)
-        seen = supervised if prompt is None else supervised | prompt[:, 1:]
-        rows, columns = self._batch.places  # found before the forward, so that the device is not waited for here
-        targets = torch.where(supervised, labels[:, 1:], input_ids[:, 1:])[rows, columns]
-        wide = logits.detach()[0]
-        if self.road == "fused":
-            log_norm = fused.log_norms(wide)
-            nats = (log_norm - wide.gather(1, targets[:, None])[:, 0]).double()
-        else:  # one kernel, where logsumexp takes four passes
-            wide = torch.log_softmax(wide if wide.dtype == torch.float64 else wide.float(), -1)
-            nats = -wide.gather(1, targets[:, None])[:, 0].double()
-        zeros = torch.zeros(labels.shape[0], dtype=torch.float64, device=nats.device)
-        if prompt is None:
-            loss = zeros.index_add(0, rows, nats) / counts
-        else:
-            own = supervised[seen]
-            loss = zeros.index_add(0, rows[own], nats[own]) / counts
-            total = zeros.index_add(0, rows[~own], nats[~own])
-            self._batch.prompt_loss = total / (seen & ~supervised).sum(1).clamp_min(1)
-        if not torch.is_grad_enabled():
-            return loss, wide
-        # A row whose loss is not finite is reported by its loss; it must not poison its own status with NaN slopes.
-        weight = torch.where(loss.isfinite(), 1.0 / counts.double(), torch.zeros_like(loss))
-        weight = weight[rows] if prompt is None else weight[rows] * supervised[seen]
-        if self.road == "fused":
-            return loss, fused.slopes(wide, log_norm, targets, weight)
-        slope = wide.exp_()
-        slope[torch.arange(len(targets), device=targets.device), targets] -= 1
-        if not nats.isfinite().all():
-            slope.nan_to_num_()
-        return loss, slope.mul_(weight[:, None].to(slope.dtype))
 
 
 def _accepts_positions(model: nn.Module) -> bool:

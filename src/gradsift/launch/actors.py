@@ -52,6 +52,7 @@ class Actors:
         self._started = 0
         self._since = time.monotonic()
         self._ours = False
+        self._progress = self._fruitless = 0
         self.num_replaced = 0
 
     def begin(self, board: Board) -> None:
@@ -68,13 +69,18 @@ class Actors:
         for _ in range(self._seat.world):
             self._start()
 
-    def tend(self) -> None:
+    def tend(self, progress: int) -> None:
         """Replace actors that died.
+
+        Args:
+            progress: of the run; deaths are counted anew when it has grown.
 
         Raises:
             LaunchError: an actor failed with an error, which another one would meet too; too many died; none began.
         """
         self._refuse_none()
+        if progress > self._progress:
+            self._progress, self._fruitless = progress, 0
         refs = list(self._running)
         done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
         for ref in done:
@@ -83,9 +89,11 @@ class Actors:
                 self._ray.get(ref)
             except self._ray.exceptions.RayActorError:
                 self.num_replaced += 1
-                if self.num_replaced > 3 * self._seat.world:
+                self._fruitless += 1
+                if self._fruitless > 3 * self._seat.world:
                     raise LaunchError(
-                        "Ray actors die again and again", where=f"actor {rank}", got=f"{self.num_replaced} deaths",
+                        "Ray actors die again and again", where=f"actor {rank}",
+                        got=f"{self._fruitless} deaths and not one unit measured",
                         do="look into Ray's logs, most often memory ran out; what was committed is kept",
                     ) from None  # fmt: skip
                 self._start()

@@ -12,6 +12,18 @@ from pathlib import Path
 from typing import Protocol
 
 from gradsift.data.batches import plan_shards
+from gradsift.errors import LaunchError
+from gradsift.launch.flight import (
+    Fall,
+    Flight,
+    Watchdog,
+    fallen,
+    forget,
+    gather,
+    is_condemned,
+    measure_unit,
+    why_condemned,
+)
 from gradsift.store.shards import ShardResult, unit_name
 from gradsift.store.spec import GradientSpec, content_hash
 from gradsift.store.writer import SignalWriter
@@ -43,6 +55,22 @@ class Unit:
         """Tokens of its rows."""
         return sum(row.num_tokens for row in self.rows)
 
+    def take(self, keep: Sequence[int]) -> Unit:
+        """Make a unit of some of the rows, of the same planned shard.
+
+        Args:
+            keep: positions in ``rows``, increasing.
+
+        Returns:
+            The unit, with a name of its own.
+        """
+        gone = set(self.skipped)
+        places = [p for p in range(len(self.rows) + len(gone)) if p not in gone]
+        left = set(places) - {places[k] for k in keep}
+        rows = tuple(self.rows[k] for k in keep)
+        hashes = tuple(content_hash(row.input_ids, row.trained) for row in rows)
+        return Unit(unit_name(tuple(row.id for row in rows), hashes), self.shard, rows, tuple(sorted(gone | left)))
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -57,6 +85,10 @@ class Bench:
         measure: rows -> their signals; calls ``tick``.
         tick: called with rows and tokens done; raises to stop the run.
         made_by: recorded with every shard.
+        lost: rows and reasons -> their result without signals, status WORKER_CRASH; None where rows cannot be set aside,
+            so that a row that kills stops the run.
+        flight: this process's note of what it measures; ``measure`` writes it.
+        dog: ends this process when a micro-batch takes far too long; ``measure`` shows it signs of work.
     """
 
     name: str
@@ -67,6 +99,9 @@ class Bench:
     measure: Callable[[Sequence[TokenRow]], ShardResult]
     tick: Callable[[int, int], None]
     made_by: Mapping[str, str]
+    lost: Callable[[Sequence[TokenRow], Sequence[str]], ShardResult] | None = None
+    flight: Flight | None = None
+    dog: Watchdog = field(default_factory=Watchdog)
 
     def contents(self) -> dict[str, str]:
         """Give every row's content hash by its id."""
@@ -105,6 +140,52 @@ class Bench:
             units.append(self._unit(number, some, hashes, tuple(skipped)))
         return units
 
+    def attempt(self, unit: Unit) -> ShardResult:
+        """Measure a unit, carefully where processes have died over its rows.
+
+        Args:
+            unit: of this pass.
+
+        Returns:
+            The signals of its rows, in order.
+        """
+        if self.flight is None:
+            return self.measure(unit.rows)
+        try:
+            with self.dog:
+                result = measure_unit(self.measure, unit.rows, fallen(self.folder))
+        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+            self.flight.land()  # this is an end in good order
+            raise
+        self.flight.land()
+        return result
+
+    def set_aside(self, unit: Unit, falls: Sequence[Fall]) -> tuple[ShardResult | None, Unit | None]:
+        """Part a unit into rows that are not tried again and the others.
+
+        Args:
+            unit: of this pass.
+            falls: deaths so far.
+
+        Returns:
+            The result of the rows that killed, or None; the unit of the others, or None.
+
+        Raises:
+            LaunchError: a row kills and cannot be set aside.
+        """
+        bad = [k for k, row in enumerate(unit.rows) if is_condemned(row.id, falls)]
+        if not bad:
+            return None, unit
+        rows = [unit.rows[k] for k in bad]
+        why = [why_condemned(row.id, falls) for row in rows]
+        if self.lost is None:
+            raise LaunchError(
+                "a row kills the process that measures it", where=f"row {rows[0].id}", got=why[0],
+                expected="a process that measures it", do="leave this row out; what was committed is kept",
+            )  # fmt: skip
+        rest = [k for k in range(len(unit.rows)) if k not in set(bad)]
+        return self.lost(rows, why), unit.take(rest) if rest else None
+
     def _shards(self) -> tuple[tuple[int, ...], ...]:
         return plan_shards(self.rows, range(len(self.rows)), self.rows_per_shard)
 
@@ -113,6 +194,20 @@ class Bench:
         left = [i for i in range(len(some)) if i not in set(skipped)]
         key = unit_name(tuple(some[i].id for i in left), tuple(hashes[i] for i in left))
         return Unit(key, number, tuple(some[i] for i in left), skipped)
+
+
+def is_suspect(unit: Unit, falls: Sequence[Fall]) -> bool:
+    """Tell whether a process has died over a row of a unit.
+
+    Args:
+        unit: the unit.
+        falls: deaths so far.
+
+    Returns:
+        True where one has.
+    """
+    ids = {row.id for row in unit.rows} if falls else set()
+    return any(not fall.rows.isdisjoint(ids) for fall in falls)
 
 
 class Launch(Protocol):
@@ -149,10 +244,25 @@ class Inline:
             writer: the open writer of the store.
             after: called after every commit; raises to stop the run.
         """
-        for unit in bench.plan(writer):
-            writer.beat()
-            writer.commit(bench.measure(unit.rows))
-            after()
+        falls = gather(bench.folder, set(writer.committed_ids()))
+        later: list[Unit] = []
+        for planned in bench.plan(writer):
+            lost, unit = bench.set_aside(planned, falls)
+            if lost is not None:
+                writer.commit(lost)
+            if unit is not None and is_suspect(unit, falls):
+                later.append(unit)  # what may end this process comes last
+            elif unit is not None:
+                self._measure(bench, writer, unit, after)
+        for unit in later:
+            self._measure(bench, writer, unit, after)
+        forget(bench.folder)
+
+    @staticmethod
+    def _measure(bench: Bench, writer: SignalWriter, unit: Unit, after: Callable[[], None]) -> None:
+        writer.beat()
+        writer.commit(bench.attempt(unit))
+        after()
 
     def serve(self, bench: Bench) -> None:
         """Never called: there is nobody else.

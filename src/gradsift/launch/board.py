@@ -74,6 +74,16 @@ class Board:
         """
         for folder in (self.folder, self.place, self.claims(name)):
             make_folder(folder)
+        self.write_plan(name, spec_key, units)
+
+    def write_plan(self, name: str, spec_key: str, units: Sequence[Unit]) -> None:
+        """Write the units of a pass; those who have read them look again when the state's ``edition`` has moved on.
+
+        Args:
+            name: the pass.
+            spec_key: what is measured.
+            units: in the order of the plan.
+        """
         lines = [[unit.shard, list(unit.skipped), unit.key] for unit in units]
         write_bytes_atomic(self.place / f"plan-{name}.json", seal({"spec_key": spec_key, "units": lines}))
 
@@ -177,7 +187,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
     Returns:
         ``run`` (its name), ``lead`` (rank 0's sign of life), ``passes`` (opened, in order), ``closed`` (how many of
-        them are over) and ``end`` (None, ``done`` or why it failed); None when there is none.
+        them are over), ``edition`` (moves on when an open plan changes) and ``end`` (None, ``done`` or why it failed); None when there is none.
     """
     try:
         return unseal((folder / "run.json").read_bytes())

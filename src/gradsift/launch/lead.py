@@ -9,84 +9,49 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gradsift.errors import LaunchError, StoreError
-from gradsift.launch.bench import Bench, Unit
+from gradsift.launch.bench import Bench, Unit, is_suspect
 from gradsift.launch.board import LAUNCH, Board
+from gradsift.launch.crew import Crew, Nobody, Tally
+from gradsift.launch.flight import Fall, fallen, fell, forget, gather
 from gradsift.launch.life import Heart, Watch
 from gradsift.launch.seat import Seat
 from gradsift.manifest import make_folder
 from gradsift.store.lock import LOCK, take_lock
+from gradsift.store.shards import ShardResult
 from gradsift.store.staging import adopt_staged, is_staged
 from gradsift.store.writer import SignalWriter
 from gradsift.types import Note
 
 POLL_SECONDS = 0.1
-MAX_TRIES = 3
-
-
-class Crew(Protocol):
-    """Workers that rank 0 starts itself."""
-
-    def begin(self, board: Board) -> None:
-        """Start them; called once, when there is work."""
-        ...
-
-    def tend(self) -> None:
-        """Replace those that died; raises when that has no end."""
-        ...
-
-    def end(self) -> None:
-        """Stop them."""
-        ...
-
-
-class Nobody:
-    """The workers were started by someone else."""
-
-    def begin(self, board: Board) -> None:
-        """Do nothing.
-
-        Args:
-            board: the run's meeting place.
-        """
-
-    def tend(self) -> None:
-        """Do nothing."""
-
-    def end(self) -> None:
-        """Do nothing."""
+LOOK_SECONDS = 0.5  # between two looks for processes that are gone
+MAX_TRIES = 3  # of a unit that comes back damaged, or whose processes leave no note of what they measured
+SUSPECT_SECONDS = 600.0  # so long rank 0 leaves a unit that may kill it to others
 
 
 @dataclass
-class Tally:
-    """What became of the units of a run.
+class _Work:
+    """One pass on its way: the units that are not committed yet, by name, and the deaths so far."""
 
-    Args:
-        num_units: units that were to be measured.
-        num_here: measured by rank 0 itself.
-        num_adopted: measured by others and adopted.
-        num_freed: taken from a process that was gone, and given out again.
-        num_rows_freed: their rows.
-        num_repeated: staged although their rows were committed by then; removed.
-        refused: staged units that were not adopted -> why; measured again.
-        gone: processes that were gone while they had a unit.
-    """
+    bench: Bench
+    writer: SignalWriter
+    falls: tuple[Fall, ...]
+    pending: dict[str, Unit] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    fresh: deque[Unit] = field(default_factory=deque)
 
-    num_units: int = 0
-    num_here: int = 0
-    num_adopted: int = 0
-    num_freed: int = 0
-    num_rows_freed: int = 0
-    num_repeated: int = 0
-    refused: dict[str, str] = field(default_factory=dict)
-    gone: list[str] = field(default_factory=list)
+    @cached_property
+    def contents(self) -> Mapping[str, str]:
+        """Content hash of every row, by its id."""
+        return self.bench.contents()
 
 
 class Lead:
@@ -105,10 +70,11 @@ class Lead:
         self.board, self.seat, self.tally = board, seat, Tally()
         self._heart, self._crew, self._measures = heart, crew, isinstance(crew, Nobody)
         self._passes: list[str] = []
-        self._closed = 0
+        self._closed = self._edition = 0
         self._begun = False
         self._watches: dict[str, Watch] = {}
-        self._unwritten: dict[str, float] = {}
+        self._since: dict[str, float] = {}
+        self._failures: Counter[str] = Counter()
 
     def wait_open(self, name: str, tick: Callable[[int, int], None]) -> None:
         """Do nothing: this process makes what the others wait for."""
@@ -128,9 +94,8 @@ class Lead:
             end: None while it goes on, ``done``, or why it failed.
         """
         tally = asdict(self.tally)
-        self.board.publish(
-            {"lead": self._heart.path.name, "passes": self._passes, "closed": self._closed, "end": end, "tally": tally}
-        )
+        state = {"lead": self._heart.path.name, "passes": self._passes, "closed": self._closed}
+        self.board.publish({**state, "edition": self._edition, "end": end, "tally": tally})
 
     def collect(self, bench: Bench, writer: SignalWriter, after: Callable[[], None]) -> None:
         """Share out the units of a pass and commit them as they come back.
@@ -141,38 +106,44 @@ class Lead:
             after: called after commits; raises to stop the run.
 
         Raises:
-            LaunchError: a unit has cost three processes, or Ray's actors fail for good.
+            LaunchError: a unit came back damaged three times, or Ray's actors fail for good.
         """
-        units = list(bench.plan(writer))
-        self.tally.num_units += len(units)
-        order = {unit.key: place for place, unit in enumerate(units)}
-        pending = {unit.key: unit for unit in units}
-        fresh = deque(units)
-        contents = bench.contents() if units else {}
-        self.board.open_pass(bench.name, bench.spec.key, units)
+        if bench.flight is not None:
+            bench.flight.rename(self._heart.note.name)
+        work = _Work(bench, writer, gather(bench.folder, set(writer.committed_ids())))
+        for unit in sorted(bench.plan(writer), key=lambda unit: is_suspect(unit, work.falls)):
+            lost, rest = bench.set_aside(unit, work.falls)
+            self._part(work, lost, rest)
+        self.tally.num_units += len(work.pending)
+        self.board.open_pass(bench.name, bench.spec.key, list(work.pending.values()))
         self._passes.append(bench.name)
         self.publish()
-        if units and not self._begun:
+        if work.pending and not self._begun:
             self._begun = True
             self._crew.begin(self.board)
-        while pending:
-            took = self._adopt(bench, writer, contents, order, pending, fresh)
-            unit = self._next(bench, pending, fresh) if self._measures else None
+        looked = time.monotonic()
+        while work.pending:
+            took = self._adopt(work)
+            unit = self._next(work) if self._measures else None
             if unit is not None:
                 writer.beat()
-                writer.commit(bench.measure(unit.rows))
-                del pending[unit.key]
+                writer.commit(bench.attempt(unit))
+                del work.pending[unit.key]
                 self.tally.num_here += 1
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                self._free_gone(work)
+                after()  # rows may have been set aside
+                self._crew.tend(self.tally.num_adopted + self.tally.num_set_aside)
+                looked = time.monotonic()
             if took or unit is not None:
                 after()
                 continue
-            self._free_gone(bench, pending, fresh)
-            self._crew.tend()
             writer.beat()
             bench.tick(0, 0)
             time.sleep(POLL_SECONDS)
         self._closed += 1
         self.publish()
+        forget(bench.folder)
 
     def summary(self) -> dict[str, Any]:
         """Tell the manifest who measured: launcher, number of processes and what became of the units."""
@@ -192,59 +163,104 @@ class Lead:
             found.append(Note("staged_refused", text))
         return tuple(found)
 
-    def _adopt(
-        self, bench: Bench, writer: SignalWriter, contents: Mapping[str, str], order: Mapping[str, int],
-        pending: dict[str, Unit], fresh: deque[Unit],
-    ) -> bool:  # fmt: skip
-        got = adopt_staged(writer, contents, order)
-        for key in got.units:
-            unit = pending.pop(key, None)
+    def _adopt(self, work: _Work) -> bool:
+        got = adopt_staged(work.writer, work.contents, work.order)
+        for key in (*got.units, *got.repeated):
+            unit = work.pending.pop(key, None)
             if unit is not None:
-                bench.tick(len(unit.rows), unit.num_tokens)
+                work.bench.tick(len(unit.rows), unit.num_tokens)
                 self.tally.num_adopted += 1
         self.tally.num_repeated += len(got.repeated)
         self.tally.refused.update(got.refused)
         for key in got.refused:
-            if key in pending:
-                self._free(bench, pending[key], fresh)
+            if key in work.pending:
+                self._give_again(work, work.pending[key], self.tally.refused[key])
         return bool(got.units)
 
-    def _next(self, bench: Bench, pending: Mapping[str, Unit], fresh: deque[Unit]) -> Unit | None:
-        while fresh:
-            unit = fresh.popleft()
-            if unit.key in pending and self.board.claim(bench.name, unit.key, self._heart.note.name):
+    def _next(self, work: _Work) -> Unit | None:
+        for _ in range(len(work.fresh)):
+            unit = work.fresh.popleft()
+            if unit.key not in work.pending:
+                continue
+            if is_suspect(unit, work.falls) and self._left_to_others(unit):
+                work.fresh.append(unit)
+            elif self.board.claim(work.bench.name, unit.key, self._heart.note.name):
                 return unit
         return None
 
-    def _free_gone(self, bench: Bench, pending: Mapping[str, Unit], fresh: deque[Unit]) -> None:
-        for key in sorted(self.board.claimed(bench.name) & pending.keys()):
-            owner = self.board.owner(bench.name, key)
-            if owner is None or is_staged(bench.folder, key):
+    def _left_to_others(self, unit: Unit) -> bool:
+        """A unit that may kill is left to others for a while: the end of rank 0 is the end of the run."""
+        since = self._since.setdefault(f"suspect {unit.key}", time.monotonic())
+        others = [path for path in self.board.beats.glob("*.json") if path != self._heart.path]
+        return time.monotonic() - since < SUSPECT_SECONDS and any(not self._watch(path.stem).gone() for path in others)
+
+    def _watch(self, owner: str) -> Watch:
+        if owner not in self._watches:
+            self._watches[owner] = Watch(self.board.beats / f"{owner}.json", self.seat.gone_seconds)
+        return self._watches[owner]
+
+    def _free_gone(self, work: _Work) -> None:
+        """Take units back from processes that are gone, and learn from their notes which rows are to blame."""
+        name, folder = work.bench.name, work.bench.folder
+        for key in sorted(self.board.claimed(name) & work.pending.keys()):
+            owner = self.board.owner(name, key)
+            if owner is None or is_staged(folder, key):
                 continue
             if owner:
-                path = self.board.beats / f"{owner}.json"
-                watch = self._watches.setdefault(owner, Watch(path, self.seat.gone_seconds))
+                watch = self._watch(owner)
                 if not watch.gone():
                     continue
-                self.tally.gone.append(str(watch.note) if watch.note else owner)
-            elif time.monotonic() - self._unwritten.setdefault(key, time.monotonic()) < self.seat.gone_seconds:
+                who = str(watch.note) if watch.note else owner
+            elif time.monotonic() - self._since.setdefault(key, time.monotonic()) < self.seat.gone_seconds:
                 continue  # the claim has no name in it yet
-            if not is_staged(bench.folder, key):  # it may have been finished between the two looks
-                self.tally.num_freed += 1
-                self.tally.num_rows_freed += len(pending[key].rows)
-                self._free(bench, pending[key], fresh)
+            else:
+                who = "a process without a name"
+            if is_staged(folder, key):  # it was finished between the two looks
+                continue
+            unit = work.pending[key]
+            self.tally.gone.append(who)
+            self.tally.num_freed += 1
+            self.tally.num_rows_freed += len(unit.rows)
+            if not fell(folder, owner):
+                self._give_again(work, unit, f"{who} is gone")
+                continue
+            work.falls = fallen(folder)
+            lost, rest = work.bench.set_aside(unit, work.falls)
+            if lost is None:
+                self._free(work, unit)
+                continue
+            del work.pending[key]  # its claim stays, so nobody begins it again
+            self._part(work, lost, rest)
+            self._edition += 1
+            self.board.write_plan(name, work.bench.spec.key, list(work.pending.values()))
+            self.publish()
 
-    def _free(self, bench: Bench, unit: Unit, fresh: deque[Unit]) -> None:
-        times = self.board.free(bench.name, unit.key)
-        if times >= MAX_TRIES:
+    def _part(self, work: _Work, lost: ShardResult | None, rest: Unit | None) -> None:
+        """Commit the rows of a unit that kill, without signals, and make the others a unit to be measured."""
+        if lost is not None:
+            work.writer.commit(lost)
+            self.tally.num_set_aside += len(lost.ids)
+        if rest is not None:
+            work.pending[rest.key] = rest
+            work.order.setdefault(rest.key, len(work.order))
+            work.fresh.append(rest)
+
+    def _give_again(self, work: _Work, unit: Unit, why: str) -> None:
+        """Give a unit to another process, unless that has failed too often for no reason that a row has."""
+        self._failures[unit.key] += 1
+        if self._failures[unit.key] >= MAX_TRIES:
             raise LaunchError(
-                f"a unit of {len(unit.rows)} rows has failed {times} times in other processes",
+                f"a unit of {len(unit.rows)} rows has failed {MAX_TRIES} times in other processes",
                 where=f"rows {unit.rows[0].id} to {unit.rows[-1].id}",
-                got=", ".join(self.tally.gone[-times:]) or self.tally.refused.get(unit.key, ""),
+                got=why,
                 expected="a process that measures it",
                 do="run the same command with --launcher inline to see what happens; what was committed is kept",
             )
-        fresh.append(unit)
+        self._free(work, unit)
+
+    def _free(self, work: _Work, unit: Unit) -> None:
+        self.board.free(work.bench.name, unit.key)
+        work.fresh.append(unit)
 
 
 @contextmanager

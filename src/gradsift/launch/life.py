@@ -61,10 +61,8 @@ class Heart:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        pid = os.getpid()
-        name = f"{rank}-{pid}-{secrets.token_hex(4)}"
-        self.note = Note(name, rank, socket.gethostname(), _place(), pid, process_start(pid))
-        self.path = folder / f"{name}.json"
+        self.note = about_me(f"{rank}-{os.getpid()}-{secrets.token_hex(4)}", rank)
+        self.path = folder / f"{self.note.name}.json"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -135,15 +133,38 @@ class Watch:
         elif new is not None and self.note is None:
             self._since = self._clock()
         self.note = new or self.note
-        if self.note is not None and (self.note.ended or _dead(self.note)):
+        if self.note is not None and (self.note.ended or is_dead(self.note)):
             return True
         return self._clock() - self._since > self.gone_seconds
 
 
-def _dead(note: Note) -> bool:
-    """Whether the process table of this very machine says that the process has ended."""
-    here = note.place != "" and note.place == _place()
-    return here and note.process_start != 0 and process_start(note.pid) != note.process_start
+def about_me(name: str, rank: int | None = None) -> Note:
+    """Describe this process.
+
+    Args:
+        name: unique name of the process in the run.
+        rank: its rank; None reads it from the name, ``RANK-PID-...``.
+
+    Returns:
+        The note.
+    """
+    pid = os.getpid()
+    rank = int(name.partition("-")[0]) if rank is None else rank
+    return Note(name, rank, socket.gethostname(), _place(), pid, process_start(pid))
+
+
+def is_dead(note: Note) -> bool | None:
+    """Ask the process table of this machine.
+
+    Args:
+        note: of a process.
+
+    Returns:
+        Whether the process has ended; None for a process of another machine or container.
+    """
+    if not note.place or note.place != _place() or not note.process_start:
+        return None
+    return process_start(note.pid) != note.process_start
 
 
 def _place() -> str:

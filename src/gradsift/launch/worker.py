@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,21 @@ class Worker:
             LaunchError: rank 0 is gone or has failed; the unit in flight was finished and staged first.
             SpecError: this process measures something else than rank 0.
         """
-        units = self._units(bench)
-        fresh = deque(units)
+        edition = self._look()["edition"]  # before the plan, which may only be newer
+        units = self._units(bench, {})
+        fresh = deque(units.values())
+        if bench.flight is not None:
+            bench.flight.rename(self._heart.note.name)
         made_by = {**bench.made_by, "launcher": self.seat.launcher, "rank": str(self.seat.rank)}
         while True:
             state = self._look()
             place = state["passes"].index(bench.name)
+            if state["edition"] != edition:  # rank 0 has set a row aside and made a new unit of the others
+                edition, units = state["edition"], self._units(bench, units)
+                fresh = deque(units.values())
             unit = None if state["closed"] > place else self._next(bench, fresh)
             if unit is not None:
-                stage(bench.folder, bench.spec, bench.measure(unit.rows), made_by)
+                stage(bench.folder, bench.spec, bench.attempt(unit), made_by)
                 self.num_units += 1
                 self.num_rows += len(unit.rows)
                 continue
@@ -95,7 +101,7 @@ class Worker:
             time.sleep(POLL_SECONDS)
             if state["closed"] <= place:  # rank 0 may have freed a unit of a process that is gone
                 taken = self.board.claimed(bench.name)
-                fresh.extend(unit for unit in units if unit.key not in taken)
+                fresh.extend(unit for unit in units.values() if unit.key not in taken)
 
     def _next(self, bench: Bench, fresh: deque[Unit]) -> Unit | None:
         while fresh:
@@ -104,10 +110,12 @@ class Worker:
                 return unit
         return None
 
-    def _units(self, bench: Bench) -> list[Unit]:
+    def _units(self, bench: Bench, known: Mapping[str, Unit]) -> dict[str, Unit]:
+        """Read the plan, and rebuild from this process's own rows the units that are not known yet."""
         spec_key, lines = self.board.read_plan(bench.name)
-        units = bench.planned([(shard, skipped) for shard, skipped, _ in lines])
-        strange = [unit for unit, line in zip(units, lines, strict=True) if unit.key != line[2]]
+        new = [line for line in lines if line[2] not in known]
+        units = bench.planned([(shard, skipped) for shard, skipped, _ in new]) if new else []
+        strange = [unit for unit, line in zip(units, new, strict=True) if unit.key != line[2]]
         if spec_key != bench.spec.key or strange:
             what = f"spec {bench.spec.key}" if spec_key != bench.spec.key else f"{len(strange)} units of other rows"
             raise SpecError(
@@ -117,7 +125,8 @@ class Worker:
                 expected=f"spec {spec_key} and the rows that rank 0 read",
                 do="give all processes the same command, files, model and versions of gradsift",
             )
-        return units
+        made = {unit.key: unit for unit in units}
+        return {key: known[key] if key in known else made[key] for _, _, key in lines}
 
     def _look(self) -> dict[str, Any]:
         """Read the state; raises when the run is over for this process."""

@@ -40,6 +40,7 @@ def build_selection(
     mixture: Mapping[str, float] | None = None,
     notes: Sequence[Note] = (),
     details: Mapping[str, Any] | None = None,
+    explained: bool = True,
 ) -> Selection:
     """Assemble a Selection with an audit entry for every row of the problem.
 
@@ -62,6 +63,7 @@ def build_selection(
         mixture: for mixture methods.
         notes: counted remarks.
         details: what else the method has to show, as plain JSON values.
+        explained: False leaves the sentences of all rows empty, for a caller that writes its own: a million are 200 MB.
 
     Returns:
         The selection.
@@ -71,7 +73,7 @@ def build_selection(
     order = np.asarray(order, dtype=np.int64)
     rank[order] = np.arange(1, len(order) + 1, dtype=np.int32)
     codes = ["dropped:budget"] * n
-    reasons = [f"rank {r} of {len(order)}, beyond the budget {budget}" for r in rank]
+    reasons = [f"rank {r} of {len(order)}, beyond the budget {budget}" if explained else "" for r in rank]
     for row, (code, text) in (dropped or {}).items():
         codes[row], reasons[row] = code, text
     for row in skipped if skipped is not None else ():
@@ -81,6 +83,8 @@ def build_selection(
         )
     for row in chosen:
         codes[row] = f"kept:{kept}"
+        if not explained:
+            continue
         detail = why_kept(int(row)) if callable(why_kept) else why_kept
         reasons[row] = f"rank {rank[row]} of {len(order)}" + (f": {detail}" if detail else "")
     return Selection(

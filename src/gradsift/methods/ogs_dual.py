@@ -140,6 +140,7 @@ class OgsDual:
             cut=cut,
             certificate=certify(program, solution, whole),
             notes=(*amount.notes, *remarks(problem, program, whole, cut, rho if self.scale == "clipped" else None)),
+            explained=False,
         )
         return explain(selection, program, solution, whole)
 

@@ -75,6 +75,7 @@ def activate(
         return Activated(prepared)
     place = out / "active"
     parts = [navigator.model_sha256, adapter_sha256(model) or "", *sorted(names), str(count), target.digest]
+    parts += [] if prepared.recipe.collect.positions == "all" else [prepared.recipe.collect.positions]
     parts += [f"{s.name} {s.digest}" for s in prepared.anchors]
     parts += [f"{s.name} {row}" for s in prepared.anchors for row in sorted(row.id for row in s.usable)]  # kept by id
     key = hash_parts(part.encode("utf-8", "surrogatepass") for part in (*parts, prepared.recipe.navigator.dtype))
@@ -106,8 +107,9 @@ def _choose(
         built = build_direction(
             target.name, model, names, target.usable, Projector(seed, collect.sketch_dim),
             tokens_per_batch=collect.tokens_per_batch, pad_id=prepared.pad_id, tick=tick, first_layer=first_layer,
+            trained_only=collect.positions == "trained",
         )  # fmt: skip
-        engine = GradientEngine(model, names, first_layer=first_layer)
+        engine = GradientEngine(model, names, first_layer=first_layer, trained_only=collect.positions == "trained")
         attach(engine, [built])
         order = sorted(range(len(rows)), key=lambda i: (rows[i].num_tokens, rows[i].id))
         with engine:

@@ -35,6 +35,7 @@ def audit_table(prepared: Prepared, measured: Measurement | None, selection: Sel
     weight = dict(zip(selection.ids, selection.weights.tolist(), strict=True))
     status, reason = _statuses(prepared, measured, first)
     at = [place.get(row.id) for row in pool]
+    del place  # at a million rows it would stay beside everything below
 
     def chosen(values: Sequence[Any], kind: pa.DataType, missing: Any = None) -> pa.Array:
         out = [missing if i is None else values[i] for i in at]
@@ -131,4 +132,4 @@ def write_audit(table: pa.Table, path: Path) -> None:
     """
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    write_bytes_atomic(path, buffer.getvalue())
+    write_bytes_atomic(path, buffer.getbuffer())

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradsift.data.show import segments
 from gradsift.geometry.batch import batch_conflict
+from gradsift.geometry.rows import part_of, row_sum
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.seeds import stream
@@ -41,7 +42,7 @@ def batch_checks(problem: Problem, selection: Selection, seed: int) -> dict[str,
         if size > len(rows):
             continue
         generator = stream(seed, f"batch_check/{size}").numpy()
-        got = batch_conflict(dots[rows], problem.grad_norm[rows], problem.sketch[rows], size, generator)
+        got = batch_conflict(dots[rows], problem.grad_norm[rows], part_of(problem.sketch, rows), size, generator)
         for m, name in enumerate(names):
             low, middle, high = (float(v) for v in got.random[:, m])
             table.append(
@@ -52,9 +53,9 @@ def batch_checks(problem: Problem, selection: Selection, seed: int) -> dict[str,
     def whole(some: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         if weights is not None and (weights != 1).any():
             each = weights.astype(np.float64)
-            total = each @ problem.sketch[some].astype(np.float64)  # type: ignore[index]
+            total = row_sum(part_of(problem.sketch, some), each)
             return each @ dots[some] / max(float(np.linalg.norm(total)), 1e-300)
-        total = problem.sketch[some].sum(0, dtype=np.float64)  # type: ignore[index]
+        total = row_sum(part_of(problem.sketch, some))
         return dots[some].sum(0) / max(float(np.linalg.norm(total)), 1e-300)
 
     chosen, every = whole(rows, selection.weights), whole(np.arange(problem.size))

@@ -16,6 +16,7 @@ import torch
 
 from gradsift.methods import make_method
 from gradsift.pipeline.measure import measured_rows, wants_gradients
+from gradsift.pipeline.memory import PassMemory, pass_memory, resident, with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.progress import Clock, Progress
@@ -39,7 +40,9 @@ class Plan:
         budget: what was asked.
         num_parameters: weights of the navigator.
         cost: ``text``, ``forward``, ``probe`` or ``gradient``.
-        memory_bytes: resident memory at the peak.
+        memory: memory at the peak by parts; None where no model is needed.
+        held_bytes: what this process holds now, libraries and rows.
+        tokens_per_batch: the budget of a micro-batch, as given or as it was chosen.
         disk_bytes: signals on disk.
         seconds: wall time of the measuring, rough.
         remarks: notes on the data.
@@ -58,7 +61,9 @@ class Plan:
     budget: str
     num_parameters: int
     cost: str
-    memory_bytes: int
+    memory: PassMemory | None
+    held_bytes: int
+    tokens_per_batch: int
     disk_bytes: int
     seconds: float
     remarks: tuple[str, ...]
@@ -68,6 +73,19 @@ class Plan:
     warmup_tokens: int = 0
     num_passes: int = 1
     proxy: ProxyTokens = field(default_factory=ProxyTokens)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory at the peak: resident, or of the device that the model is on."""
+        return self.held_bytes if self.memory is None else self.memory.peak
+
+    def _parts(self) -> str:
+        if self.memory is None:
+            return ""
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.lines())
+        where = "" if self.memory.device == "cpu" else f" on {self.memory.device}"
+        how = "" if self.memory.traced else " (by a formula: this model's forward cannot be traced without weights)"
+        return f"{where}: {parts}; micro-batches of {self.tokens_per_batch:,} tokens{how}"
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Give the plan as (part, estimate) pairs for a table.
@@ -93,11 +111,15 @@ class Plan:
             both, forward = f"about {self.proxy.both:,} tokens forward and backward", f"{self.proxy.forward:,} forward"
             trainings = f"{self.proxy.num_runs} training{'s' * (self.proxy.num_runs > 1)} in rounds"
             yield "proxy", f"{trainings}: {both}, {forward}"
-        yield "memory", f"about {self.memory_bytes / 2**30:.1f} GiB"
+        yield "memory", f"about {_size(self.memory_bytes)} at the peak" + self._parts()
         yield "disk", f"about {self.disk_bytes / 2**20:.1f} MiB of signals"
         yield "time", f"about {human_time(self.seconds)} to measure (within a factor of two)"
         for remark in self.remarks:
             yield "note", remark
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def human_time(seconds: float) -> str:
@@ -128,6 +150,8 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
     parse_budget(recipe.budget)
     prepared = prepare(recipe, method, Clock(progress))
     cost = "gradient" if wants_gradients(prepared) else method.needs.cost_class
+    if cost != "text":
+        prepared = with_budget(prepared, measured_rows(prepared), gradients=cost == "gradient")
     counts = weight_count(prepared.resolved.folder)
     measured = {"pool": sum(row.num_tokens for row in measured_rows(prepared))} if cost != "text" else {}
     if cost == "gradient":
@@ -157,7 +181,13 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         budget=recipe.budget,
         num_parameters=counts,
         cost=cost,
-        memory_bytes=_memory(prepared, counts, cost, lora, proxy.num_gradients),
+        memory=None
+        if cost == "text"
+        else pass_memory(
+            prepared, measured_rows(prepared), gradients=cost == "gradient", num_gradients=proxy.num_gradients
+        ),
+        held_bytes=resident(),
+        tokens_per_batch=prepared.recipe.collect.tokens_per_batch,
         disk_bytes=_disk(prepared, cost),
         seconds=seconds,
         remarks=tuple(note.text for note in prepared.notes),
@@ -226,28 +256,6 @@ def product_speed(seconds: float = 0.3) -> float:
         torch.mm(a, b)
         count += 1
     return count * 2 * 512**3 / (time.perf_counter() - begun)
-
-
-def _memory(prepared: Prepared, weights: int, cost: str, lora: bool, num_gradients: int = 0) -> int:
-    config = json.loads((prepared.resolved.folder / "config.json").read_text("utf-8"))
-    width = _width(prepared)
-    layers = int(config.get("num_hidden_layers", config.get("n_layer", 24)))
-    vocabulary = int(config.get("vocab_size", 50_000))
-    size = {"float32": 4, "bfloat16": 2, "float64": 8}[prepared.recipe.navigator.dtype]
-    tokens = max(prepared.recipe.collect.tokens_per_batch, max((r.num_tokens for r in prepared.pool.usable), default=0))
-    if cost == "text":
-        return 400 << 20
-    # Per token and layer a Llama-shaped block keeps about 16 vectors of the width; logits, their exponential and slope
-    # stand beside each other at the end of the forward.
-    activations = tokens * layers * width * 16 * size + tokens * vocabulary * 4 * 3
-    chosen = weights // 20 if lora else weights
-    directions = 2 * len(prepared.directions) * chosen * 4 if cost == "gradient" else 0
-    # A probe keeps the starting weights, a gradient and the two moments of AdamW of what it trains; so do a warm-up and a
-    # proxy, which besides keeps the gradient of every domain and task.
-    needs = prepared.method.needs
-    learns = needs.probes is not None or needs.warmup is not None or needs.proxy
-    learner = (4 + num_gradients) * chosen * 4 if learns else 0
-    return (500 << 20) + weights * size + activations + directions + learner
 
 
 def _disk(prepared: Prepared, cost: str) -> int:

@@ -6,7 +6,6 @@ a policy in training: a stopped run goes on with the same command.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from gradsift.manifest import make_folder, write_bytes_atomic
+from gradsift.pipeline.kept_state import load_state, save_state
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
@@ -110,13 +109,15 @@ class NavigatorLearner:
             name: of the state.
 
         Returns:
-            Its arrays, or None where there is none.
+            Its arrays, those of the save before where the last one is damaged, or None where there is none.
         """
-        path = self._place(name)
-        if not path.is_file():
+        arrays, remark = load_state(self._place(name))
+        if remark:
+            self.clock.progress.say(
+                f"{remark}; the training goes on from {'its start' if arrays is None else 'before'}"
+            )
+        if arrays is None:
             return None
-        with np.load(path, allow_pickle=False) as kept:
-            arrays = {key: kept[key] for key in kept.files}
         self._earlier = arrays.pop(COST)
         return arrays
 
@@ -127,10 +128,7 @@ class NavigatorLearner:
             name: of the state.
             arrays: what it consists of.
         """
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays, **{COST: self._beside()})  # pyright: ignore[reportArgumentType]
-        make_folder(self._place(name).parent)
-        write_bytes_atomic(self._place(name), buffer.getvalue())
+        save_state(self._place(name), {**arrays, COST: self._beside()})
 
     def _place(self, name: str) -> Path:
         return self._store.records.folder / f"{name}.npz"

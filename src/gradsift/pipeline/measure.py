@@ -22,6 +22,7 @@ from gradsift.gradients.collect import (
     measure_noise,
     measure_shard,
     refuse_if_mostly_bad,
+    unmeasured,
 )
 from gradsift.gradients.directions import (
     BuiltDirection,
@@ -36,6 +37,7 @@ from gradsift.gradients.hooks import EDGE_NORMS, GradientEngine
 from gradsift.gradients.project import VERSION, Projector
 from gradsift.gradients.upper import Upper, choose_upper
 from gradsift.launch.bench import Bench
+from gradsift.launch.flight import Flight, Watchdog
 from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
 from gradsift.models.adapter import adapter_sha256, attach_lora
 from gradsift.models.load import Navigator, load_navigator
@@ -181,6 +183,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     prepared, notes = active.prepared, [*notes, *active.notes]
     projector = Projector(recipe.seed, recipe.collect.sketch_dim) if gradients else None
     embeds = wants_embedding(prepared, out)
+    trained_only = gradients and recipe.collect.positions == "trained"
     engine = GradientEngine(
         model,
         names,
@@ -188,9 +191,10 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
         embedding=embeds,
         edges=wants_edges(prepared, out),
         first_layer=first_layer,
+        trained_only=trained_only,
     )
     covered, remarks = _covered(parameters, upper, tuple(engine.blocks) if gradients else parameters.names)
-    notes += remarks
+    notes += [*remarks, *(_held_note(rows) if trained_only else [])]
     if gradients and engine.road != "tiles":
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
@@ -216,6 +220,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     target_embedding = embed_target(prepared, run, built, folder, clock) if embeds else None
     _collect(prepared, run, rows, folder, spec, clock)
     store = open_store(folder, spec)
+    notes += _set_aside_note(store)
     with clock.stage("noise"):
         quiet = dataclasses.replace(run, tick=lambda n, tokens: clock.tick("noise", n, tokens))
         noise = _noise(quiet, rows, store, folder, recipe.seed)
@@ -356,6 +361,17 @@ def _covered(parameters: Parameters, upper: Upper | None, seen: Sequence[str]) -
     return covered, [Note("coverage_layers", text, len(upper.parameters.names)), *_coverage_note(there)]
 
 
+def _held_note(rows: Sequence[TokenRow]) -> list[Note]:
+    """Say which share of the tokens is differentiated."""
+    left = sum(row.num_tokens - max(0, int(row.trained[1:].argmax())) for row in rows)
+    share = left / sum(row.num_tokens for row in rows)
+    text = (
+        f"prompts were held constant: the gradients are those of {share:.1%} of the tokens, from the one that predicts a row's "
+        "first trained token on"
+    )
+    return [Note("held_prompts", text, len(rows))]
+
+
 def _coverage_note(covered: Coverage) -> list[Note]:
     if covered.enough:
         return []
@@ -397,6 +413,7 @@ def _spec(
         template_sha256=prepared.rule.template_sha256,
         dtype=recipe.navigator.dtype,
         layers=None if upper is None else upper.text,
+        positions=recipe.collect.positions if gradients else "all",
     )
 
 
@@ -426,6 +443,7 @@ def _directions(
                     tick=lambda n, tokens: clock.tick("anchors", n, tokens),
                     embedding=embeds and source is prepared.target,
                     first_layer=engine.first_layer,
+                    trained_only=engine.trained_only,
                 )
                 save_direction(found, place, digest)
             built.append(found)
@@ -437,9 +455,17 @@ def _collect(
 ) -> None:
     recipe = prepared.recipe
     made_by = {**versions(), "device": str(next(run.engine.model.parameters()).device)}
+    flight, dog = Flight(folder), Watchdog(recipe.collect.hang_seconds)
+
+    def noted(rows: Sequence[TokenRow]) -> None:
+        flight.write(rows)
+        dog.pet()
+
+    run = dataclasses.replace(run, before=noted)
     bench = Bench(
         folder.parent.name, folder, spec, rows, recipe.collect.rows_per_shard,
         lambda some: measure_shard(run, some), run.tick, made_by,
+        lambda some, why: unmeasured(run, some, RowStatus.WORKER_CRASH, why), flight, dog,
     )  # fmt: skip
     if not prepared.launch.commits:
         with run.engine:
@@ -458,9 +484,18 @@ def _collect(
 
             def after() -> None:
                 counts = Counter({RowStatus(k): n for k, n in writer.status_counts().items()})
-                refuse_if_mostly_bad(counts, recipe.collect.abort_share)
+                refuse_if_mostly_bad(counts, recipe.collect.abort_share, len(rows))
 
             prepared.launch.collect(bench, writer, after)
+
+
+def _set_aside_note(store: SignalStore) -> list[Note]:
+    """Name the rows that are left out because they ended the processes that measured them."""
+    bad = [name for name, status in zip(store.ids, store.status, strict=True) if status is RowStatus.WORKER_CRASH]
+    if not bad:
+        return []
+    text = f"{len(bad)} rows were set aside, since processes died whenever they measured them: {', '.join(bad[:5])}"
+    return [Note("worker_crash", text, len(bad), tuple(bad[:5]))]
 
 
 def _adopt_left(bench: Bench, writer: SignalWriter, clock: Clock) -> None:

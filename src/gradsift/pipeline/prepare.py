@@ -19,7 +19,7 @@ from gradsift.pipeline.early import check_early
 from gradsift.pipeline.forward import reads_prompts
 from gradsift.pipeline.progress import Clock
 from gradsift.pipeline.proxy_check import check_proxy
-from gradsift.pipeline.screen_check import check_screen
+from gradsift.pipeline.screen_check import check_parts, check_screen
 from gradsift.pipeline.warm_check import check_warmup
 from gradsift.recipe import Recipe, SourceConfig
 from gradsift.seeds import stream
@@ -168,14 +168,7 @@ def check_needs(recipe: Recipe, method: Method) -> None:
             expected="float32, or an adapter",
             do="--set navigator.dtype=float32 or --set navigator.parameters=lora",
         )
-    if recipe.collect.layers is not None and "emb_grad_norm" in needs.signals:
-        raise ConfigError(
-            f"{method.name} looks at the embedding's gradient, which upper layers do not give",
-            where="--layers",
-            got=recipe.collect.layers,
-            expected="every layer",
-            do="leave --layers out, or choose another method",
-        )
+    check_parts(recipe, method)
     check_screen(recipe, method)
     check_warmup(recipe, method)
     taken = {source.label for source in recipe.anchors} & {"target"}
@@ -233,6 +226,7 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
         ]
     for source in sources:
         _refuse_unusable(source)
+    _refuse_mostly_broken(sources[0], recipe.collect.unreadable_share)
     read_columns(
         sources[0].pool, [row.id for row in sources[0].usable], method.needs.columns
     )  # refuses before a model loads
@@ -307,6 +301,22 @@ def _refuse_unusable(source: Source) -> None:
         got=counts + (f"; first reason: {first.reason}" if first else ""),
         expected="at least one row that trains a token",
         do="check --format and --loss-on; gradsift inspect FILE --row 0 shows how a row is read",
+    )
+
+
+def _refuse_mostly_broken(pool: Source, share: float) -> None:
+    """Stop where the reading is at fault rather than the rows: a wrong format, template or tokenizer."""
+    bad = (RowStatus.MALFORMED, RowStatus.TOKENIZE_ERROR)
+    num_bad, total = sum(pool.status[status] for status in bad), len(pool.tokens)
+    if total < 20 or num_bad <= share * total:
+        return
+    first = next(row for row in pool.tokens if row.status in bad)
+    raise DataError(
+        "too many rows of the pool cannot be read",
+        where=", ".join(file.path for file in pool.pool.files) + "; collect.unreadable_share",
+        got=f"{num_bad} of {total} rows; first, row {first.id}: {first.status.value}, {first.reason}",
+        expected=f"at most {share:.0%}",
+        do="check --format; gradsift inspect FILE --row 0 shows how a row is read; or raise collect.unreadable_share",
     )
 
 

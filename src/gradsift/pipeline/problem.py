@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gradsift.data.lexical import lexical_scores
 from gradsift.data.show import plain_text
@@ -15,7 +16,11 @@ from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.probe import Probed
 from gradsift.pipeline.probe_design import copy_groups, row_likeness
+from gradsift.store.signals import SignalStore
+from gradsift.store.sketches import stored_sketches
 from gradsift.types import Problem, TokenRow
+
+IN_MEMORY = 1 << 28  # bytes of sketches above which they stay on the disk: 16,395 rows of 4,093 numbers
 
 
 def eligible_rows(prepared: Prepared, measured: Measurement | None) -> list[TokenRow]:
@@ -83,7 +88,7 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         target_dot=store.dots([target.name])[at, 0] if target else None,
         gram=measured.gram if measured.directions else None,
         direction_sketch=measured.direction_sketch,
-        sketch=store.gather(originals)[at] if "sketch" in signals and store.spec.direction == "raw" else None,
+        sketch=_sketch(store, originals, at) if "sketch" in signals and store.spec.direction == "raw" else None,
         emb_grad_norm=store.emb_grad_norm[at] if "emb_grad_norm" in signals else None,
         head_grad_norm=store.head_grad_norm[at] if "head_grad_norm" in signals else None,
         anchors=tuple(anchors),
@@ -95,6 +100,14 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
         **checkpoint_fields(prepared, measured, originals, at),
         **extra_fields(prepared, store, originals, at),
     )
+
+
+def _sketch(store: SignalStore, originals: Sequence[str], at: Int[np.ndarray, " N"]) -> Any:
+    """Sketches of the rows: an array where it is small, else left on the disk and read in blocks."""
+    assert store.spec.projection is not None
+    if len(at) * store.spec.projection.dim * 4 > IN_MEMORY:
+        return stored_sketches(store, at)
+    return store.gather([originals[i] for i in at])
 
 
 def _likeness(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:

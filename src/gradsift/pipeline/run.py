@@ -21,7 +21,8 @@ from gradsift.methods import make_method
 from gradsift.pipeline.audit import audit_table, with_probes, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
 from gradsift.pipeline.learner import NavigatorLearner
-from gradsift.pipeline.measure import Measurement, refuse_weak
+from gradsift.pipeline.measure import Measurement, measured_rows, refuse_weak, wants_gradients
+from gradsift.pipeline.memory import with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe import Probed, probe
 from gradsift.pipeline.probe_design import design_probes
@@ -88,8 +89,10 @@ def select(
         design_probes(prepared, eligible_rows(prepared, None))  # refuses before a model loads
     make_folder(out)
     write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
+    if needs_model(recipe, prepared):
+        prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
     screened = None
-    if recipe.screen.layers is not None:
+    if recipe.screen.by is not None:
         screened = measure_screened(prepared, budget, out, clock)
         prepared, measured, budget = screened.prepared, screened.measured, screened.budget
     else:

@@ -1,6 +1,6 @@
 """Two stages: a cheap pass over every row, then an exact one over the rows that may be chosen (ours).
 
-    1  measure every row with the upper layers only
+    1  measure every row cheaply: with prompts held constant, or by the upper layers only
     2  measure ``screen.calibrate`` rows drawn at random exactly too; fit the exact signals to the cheap ones
     3  draw residuals of the fit onto the other rows: plausible worlds. The method chooses in each; a row that is chosen in one
        of them may be chosen
@@ -88,7 +88,7 @@ class Screened:
         """
         proof, rows, seconds = self.certificate(selection), self.facts["rows"], self.facts["seconds"]
         text = (
-            f"a screen by layers {self.facts['layers']} left {rows['out'] - rows['certify']} of {rows['eligible']} rows without "
+            f"a screen by {self.facts['by']} left {rows['out'] - rows['certify']} of {rows['eligible']} rows without "
             f"exact signals; with {proof.confidence:.0%} confidence at most {proof.high_share:.1%} of the rows that an exact pass "
             f"would choose are among them ({proof.num_found} of {proof.num_drawn} rows drawn there were chosen); "
             f"screen {seconds['screen']:.1f} s, {rows['exact']} rows exactly {seconds['exact']:.1f} s"
@@ -125,9 +125,9 @@ def measure_screened(prepared: Prepared, budget: Budget, out: Path, clock: Clock
         ConfigError: the pool is too small for a screen to leave anything out.
     """
     config, seed = prepared.recipe.screen, prepared.recipe.seed
-    assert config.layers is not None
+    assert config.by is not None
     cheap_clock, exact_clock = Clock(clock.progress), Clock(clock.progress)
-    cheap = measure(_with_layers(prepared, config.layers), out, cheap_clock, part=Part(SIGNALS))
+    cheap = measure(_cheaply(prepared, config.by), out, cheap_clock, part=Part(SIGNALS))
     problem = build_problem(prepared, cheap)
     _refuse_small(problem, prepared)
     allowance = resolve_budget(problem, budget)
@@ -144,7 +144,7 @@ def measure_screened(prepared: Prepared, budget: Budget, out: Path, clock: Clock
     drawn = _draw(left, config.certify, seed, "screen/certify")
     exact = measure(prepared, out, exact_clock, part=Part(ids=frozenset(kept | drawn)))
     facts = {
-        "layers": cheap.spec.layers,
+        "by": "the trained positions" if cheap.spec.layers is None else f"layers {cheap.spec.layers}",
         "coverage": cheap.coverage.share,
         "rows": {"eligible": problem.size, "calibrate": len(calibrate), "possible": len(possible.rows), "out": len(left),
                  "certify": len(drawn), "exact": len(kept | drawn)},
@@ -257,11 +257,12 @@ def _ranks(problem: Problem, known: Problem, fit: ScreenFit) -> dict[str, Any]:
 def _draw(ids: Sequence[str], count: int, seed: int, name: str) -> frozenset[str]:
     """Draw rows at random by their ids: a row's draw depends on nothing else."""
     draws = stream(seed, name).uniform(ids)
-    return frozenset(ids[i] for i in np.argsort(draws, kind="stable")[:count])
+    return frozenset(ids[int(i)] for i in np.argsort(draws, kind="stable")[:count])
 
 
-def _with_layers(prepared: Prepared, layers: str) -> Prepared:
-    collect = prepared.recipe.collect.model_copy(update={"layers": layers})
+def _cheaply(prepared: Prepared, by: str) -> Prepared:
+    part = {"positions": "trained"} if by == "trained" else {"layers": by}
+    collect = prepared.recipe.collect.model_copy(update={**part, "signals": "auto"})
     return dataclasses.replace(prepared, recipe=prepared.recipe.model_copy(update={"collect": collect}))
 
 

@@ -17,7 +17,8 @@ from gradsift.launch.seat import Seat
 from gradsift.launch.worker import ended_run, joined
 from gradsift.methods import make_method
 from gradsift.pipeline.checkpoints import measure_trained
-from gradsift.pipeline.measure import Measurement
+from gradsift.pipeline.measure import Measurement, measured_rows, wants_gradients
+from gradsift.pipeline.memory import with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.progress import Clock, Progress, Silent
 from gradsift.recipe import Recipe, build_recipe
@@ -98,6 +99,7 @@ def serve(recipe: Recipe, out: Path, seat: Seat, *, run: str | None = None, prog
     prepared = prepare(recipe, make_method(recipe.method.name, recipe.method.settings), clock)
     if not needs_model(recipe, prepared):
         return Served(seat.rank, 0, 0)
+    prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
     with (
         _going_home(),
         joined(

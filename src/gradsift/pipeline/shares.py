@@ -35,7 +35,8 @@ from gradsift.recipe import Recipe
 from gradsift.seeds import stream
 from gradsift.types import TokenRow
 
-SHARES = ("12.5%", "25%", "50%", "75%")
+TRAINED = "trained"  # every layer, with prompts held constant
+SHARES = ("12.5%", "25%", "50%", "75%", TRAINED)
 ENOUGH = 0.9  # rank correlation from which a share may stand for all layers
 LEAST_ROWS = 10
 
@@ -60,7 +61,7 @@ class ShareLine:
     """One share of the layers.
 
     Args:
-        share: as asked; ``all`` for all layers and the embedding.
+        share: as asked; ``trained`` for all layers with prompts held constant, ``all`` for all layers and positions.
         layers: which layers, in words.
         coverage: share of the chosen parameters that it measures.
         cost: CPU seconds over plain forward and backward that trains the chosen parameters.
@@ -74,6 +75,11 @@ class ShareLine:
     cost: Ratio
     cost_whole: Ratio
     ranks: Mapping[str, Correlation]
+
+    @property
+    def option(self) -> str:
+        """What a person types to measure so."""
+        return "--set collect.positions=trained" if self.share == TRAINED else f"--layers {self.share}"
 
     @property
     def least(self) -> float:
@@ -119,7 +125,7 @@ class ShareTable:
             )
         rank = min(best.ranks.values(), key=lambda one: one.rho)
         return (
-            f"--layers {best.share} ranks as all layers do to {rank.rho:.2f} [{rank.low:.2f}, {rank.high:.2f}] or better, "
+            f"{best.option} ranks as all layers do to {rank.rho:.2f} [{rank.low:.2f}, {rank.high:.2f}] or better, "
             f"at {best.cost.median:.2f}x of a plain step"
         )
 
@@ -131,7 +137,8 @@ class _Arm:
     key: str
     step: Callable[[Tokens], Any]
     seconds: list[float]
-    upper: Upper | None = None
+    part: str = "all"
+    seen: int = 0
 
 
 def measure_shares(
@@ -142,7 +149,7 @@ def measure_shares(
     Args:
         recipe: pool, anchors, target, navigator and data settings of the planned run.
         progress: who is told.
-        shares: values of ``collect.layers``.
+        shares: values of ``collect.layers``, or ``trained``.
         num_rows: rows to draw; all where there are fewer.
         num_rounds: groups that the micro-batches are dealt into, short and long ones in each; fewer where there are fewer.
 
@@ -153,7 +160,8 @@ def measure_shares(
         ConfigError: there is no direction to rank by, or fewer than 10 rows.
     """
     clock = Clock(progress)
-    recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"layers": None})})
+    collect = recipe.collect.model_copy(update={"layers": None, "positions": "all"})
+    recipe = recipe.model_copy(update={"collect": collect})
     prepared = prepare(recipe, make_method(recipe.method.name, recipe.method.settings), clock)
     rows = _draw(prepared, num_rows)
     with clock.stage("load"):
@@ -162,16 +170,19 @@ def measure_shares(
     if recipe.navigator.parameters == "lora":
         model = attach_lora(model, recipe.navigator.lora, recipe.seed)
     parameters = choose_parameters(model, recipe.navigator.parameters)
-    uppers = [choose_upper(model, parameters, share) for share in shares]
+    uppers = {share: choose_upper(model, parameters, share) for share in shares if share != TRAINED}
     with clock.stage("anchors", sum(row.num_tokens for source in prepared.directions for row in source.usable)):
-        engines = _engines(prepared, model, parameters, uppers, clock)
+        engines = _engines(prepared, model, parameters, uppers, TRAINED in shares, clock)
     batches = plan_batches(rows, range(len(rows)), recipe.collect.tokens_per_batch)
     num_rounds = min(num_rounds, len(batches))
     arms = [_Arm("plain", lambda tokens: plain_step(model, parameters.names, tokens), [])]
     if recipe.navigator.parameters == "lora":
         arms.append(_Arm("whole", lambda tokens: _without_adapter(model, tokens), []))
-    arms += [_Arm(key, engine_step(engine), [], upper)
-             for key, engine, upper in zip(("all", *shares), engines, (None, *uppers), strict=True)]  # fmt: skip
+    texts = {"all": "all, and the embedding", TRAINED: "all, at the trained positions"}
+    for key in (*shares, "all"):
+        seen = uppers[key].parameters.numel if key in uppers else parameters.numel
+        text = uppers[key].text if key in uppers else texts[key]
+        arms.append(_Arm(key, engine_step(engines[key]), [], text, seen))
     with clock.stage("shares", len(arms) * sum(row.num_tokens for row in rows)):
         found = _run(arms, rows, batches, num_rounds, prepared.pad_id, clock)
     return _table(arms, found, parameters, prepared, rows, num_rounds)
@@ -254,9 +265,14 @@ def _draw(prepared: Prepared, count: int) -> list[TokenRow]:
 
 
 def _engines(
-    prepared: Prepared, model: nn.Module, parameters: Parameters, uppers: Sequence[Upper], clock: Clock
-) -> list[GradientEngine]:
-    """The whole collector, then one per share; a direction that both have is one tensor.
+    prepared: Prepared,
+    model: nn.Module,
+    parameters: Parameters,
+    uppers: Mapping[str, Upper],
+    trained: bool,
+    clock: Clock,
+) -> dict[str, GradientEngine]:
+    """The whole collector and one per share; a direction that both have is one tensor.
 
     A share's direction is the whole one's part, which differs from its own unit direction by a factor that is the same for
     every row. A tied weight's part is that of the head, and is built apart.
@@ -264,7 +280,7 @@ def _engines(
     recipe = prepared.recipe
     projector = Projector(recipe.seed, recipe.collect.sketch_dim)
 
-    def build(names: Sequence[str], first: int | None) -> list[BuiltDirection]:
+    def build(names: Sequence[str], first: int | None, trained_only: bool = False) -> list[BuiltDirection]:
         return [
             build_direction(
                 source.name,
@@ -275,6 +291,7 @@ def _engines(
                 tokens_per_batch=recipe.collect.tokens_per_batch,
                 pad_id=prepared.pad_id,
                 first_layer=first,
+                trained_only=trained_only,
                 tick=lambda n, tokens: clock.tick("anchors", n, tokens),
             )
             for source in prepared.directions
@@ -282,11 +299,11 @@ def _engines(
 
     whole = GradientEngine(model, parameters.names, projector=projector)
     built = build(parameters.names, None)
-    in_part = sorted({name for upper in uppers for name in upper.in_part})
-    heads = build(in_part, uppers[0].num_layers - 1) if in_part else []
+    in_part = sorted({name for upper in uppers.values() for name in upper.in_part})
+    heads = build(in_part, next(iter(uppers.values())).num_layers - 1) if in_part else []
     _point(whole, {name: [d.matrices[name] for d in built] for name in whole.blocks})
-    engines = [whole]
-    for upper in uppers:
+    engines = {"all": whole}
+    for share, upper in uppers.items():
         engine = GradientEngine(model, upper.parameters.names, projector=projector, first_layer=upper.first)
         for name, block in engine.blocks.items():
             if name not in in_part:
@@ -294,7 +311,12 @@ def _engines(
         own = {name: [h.matrices[name] * (h.norm / d.norm) for h, d in zip(heads, built, strict=True)]
                for name in upper.in_part}  # fmt: skip
         _point(engine, own)
-        engines.append(engine)
+        engines[share] = engine
+    if trained:
+        del built, heads  # as large as the model, each
+        engines[TRAINED] = GradientEngine(model, parameters.names, projector=projector, trained_only=True)
+        own_built = build(parameters.names, None, True)
+        _point(engines[TRAINED], {name: [d.matrices[name] for d in own_built] for name in engines[TRAINED].blocks})
     return engines
 
 
@@ -353,14 +375,12 @@ def _table(
         if arm.key in ("plain", "whole"):
             continue
         cos, length = found[arm.key]
-        ranks = {} if arm.upper is None else {
+        ranks = {} if arm.key == "all" else {
             **{name: spearman_interval(cos[:, j], truth[:, j]) for j, name in enumerate(names)},
             "norm": spearman_interval(length, norm),
         }  # fmt: skip
-        seen = parameters.numel if arm.upper is None else arm.upper.parameters.numel
-        layers = "all, and the embedding" if arm.upper is None else arm.upper.text
-        lines.append(ShareLine(arm.key, layers, seen / parameters.numel, ratio(arm, plain), ratio(arm, whole), ranks))
-    lines = [*lines[1:], lines[0]]
+        seen = arm.seen / parameters.numel
+        lines.append(ShareLine(arm.key, arm.part, seen, ratio(arm, plain), ratio(arm, whole), ranks))
     return ShareTable(
         tuple(lines), len(rows), sum(row.num_tokens for row in rows), rounds, sum(plain.seconds), sum(whole.seconds)
     )

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from gradsift.errors import SignalError
 from gradsift.seeds import Stream
-from gradsift.types import Problem
+from gradsift.types import Problem, StoredRows
 
 CUT = 1e-6
 """Eigenvalues of the Gram matrix below this share of the largest are noise of float32 dots: no axis of the basis."""
@@ -47,7 +47,7 @@ class Signals:
     dots: Float[np.ndarray, "N A"]
     gram: Float[np.ndarray, "A A"]
     lengths: Float[np.ndarray, " A"]
-    sketch: Float[np.ndarray, "N D"]
+    sketch: Float[np.ndarray, "N D"] | StoredRows
     direction_sketch: Float[np.ndarray, "A D"] | None = None
     grad_norm: Float[np.ndarray, " N"] | None = None
     weights: Float[np.ndarray, " N"] | None = None
@@ -236,7 +236,9 @@ def make_coordinates(
     )
 
 
-def _regress(inside: Float[np.ndarray, "N R"], sketch: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "R D"]:
+def _regress(
+    inside: Float[np.ndarray, "N R"], sketch: Float[np.ndarray, "N D"] | StoredRows
+) -> Float[np.ndarray, "R D"]:
     """Sketches of the basis when they were not kept: what the rows' sketches hold per unit of each coordinate."""
     moment = sum(
         inside[at : at + CHUNK].T @ np.asarray(sketch[at : at + CHUNK], dtype=np.float64)

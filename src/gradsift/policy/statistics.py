@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from gradsift.errors import ConfigError, SignalError
 from gradsift.geometry.cluster import Clusters, default_num_clusters, spherical_kmeans
+from gradsift.geometry.rows import part_of
 from gradsift.geometry.similarity import orthogonality
 from gradsift.policy.episodes import Table
 from gradsift.policy.plan import Effects
@@ -56,7 +57,7 @@ def make_clusters(
     for name, rows in kinds:
         num = num_general if name == "general" else wanted - num_general * (len(kinds) - 1)
         ids = tuple(problem.ids[i] for i in rows)
-        found = spherical_kmeans(problem.sketch[rows], stream.child(name), ids=ids, num_clusters=num)
+        found = spherical_kmeans(part_of(problem.sketch, rows), stream.child(name), ids=ids, num_clusters=num)
         labels[rows] = found.labels + sum(map(len, centers))
         centers.append(found.centers)
     # numbered by first row, as everywhere

@@ -119,11 +119,13 @@ def process_start(pid: int) -> int:
         pid: process number.
 
     Returns:
-        Clock ticks since boot; 0 when there is no such process or the system has no ``/proc``.
+        Clock ticks since boot; 0 when there is no such process, when it has ended and only waits for its parent to
+        notice, or when the system has no ``/proc``.
     """
     try:
         # The command name is in parentheses and may itself hold blanks and parentheses.
-        return int(Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[19])
+        words = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+        return 0 if words[0] in "ZX" else int(words[19])
     except (OSError, ValueError, IndexError):
         return 0
 

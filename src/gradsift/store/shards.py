@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +107,27 @@ class ShardResult:
         embedding = None if self.embedding is None else self.embedding[rows]
         extra = {name: array[rows] for name, array in self.extra.items()}
         return dataclasses.replace(self, **texts, **arrays, sketch=sketch, embedding=embedding, extra=extra)
+
+
+def join_shards(parts: Sequence[ShardResult]) -> ShardResult:
+    """Put the rows of several results one after the other.
+
+    Args:
+        parts: at least one; all measured the same signals.
+
+    Returns:
+        One result of all their rows.
+    """
+    texts = {name: tuple(text for part in parts for text in getattr(part, name)) for name in _TEXTS}
+    names = ("num_tokens", "num_trained", *COLUMNS, "dots")
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    arrays |= {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("sketch", "embedding")
+        if getattr(parts[0], name) is not None
+    }
+    extra = {name: np.concatenate([part.extra[name] for part in parts]) for name in parts[0].extra}
+    return dataclasses.replace(parts[0], **texts, **arrays, extra=extra)
 
 
 def unit_name(ids: tuple[str, ...], content_hashes: tuple[str, ...]) -> str:

@@ -23,6 +23,7 @@ from gradsift.manifest import canonical_json, hash_parts, read_error, seal, unse
 FORMAT = 3  # newest layout that is read; 2 adds embeddings, 3 extra signals; stores without them are written as before
 SPEC_FILE = "spec.json"
 SIGNALS = ("loss", "grad_norm", "emb_grad_norm", "head_grad_norm", "dots", "sketch", "embedding")
+WHOLE = (("layers", None), ("positions", "all"))  # written only where less is measured
 EXTRA_SIGNALS = re.compile(r"prompt_loss|alone_loss|hidden_\d+")  # one array file of their own each, by row
 
 
@@ -65,6 +66,7 @@ class GradientSpec:
         direction: what the gradient is turned into.
         truncation: which end of a long row is kept.
         layers: upper decoder layers that were measured, with the backward stopped below them; None for the whole model.
+        positions: ``all``, or ``trained`` where prompts were held constant.
     """
 
     parameters: str
@@ -84,6 +86,7 @@ class GradientSpec:
     direction: str = "raw"
     truncation: str = "keep_start"
     layers: str | None = None
+    positions: str = "all"
 
     def __post_init__(self) -> None:
         unknown = sorted({s for s in self.signals if s not in SIGNALS and not EXTRA_SIGNALS.fullmatch(s)})
@@ -137,8 +140,8 @@ class GradientSpec:
             elif field.name == "projection":
                 parts = {} if value is None else dataclasses.asdict(value)
                 flat.update({f"projection.{name}": part for name, part in parts.items()})
-            elif field.name == "layers" and value is None:
-                continue  # stores from before there were shares keep their key
+            elif (field.name, value) in WHOLE:
+                continue  # stores from before these fields keep their key
             else:
                 flat[field.name] = list(value) if isinstance(value, tuple) else value
         return flat

@@ -190,7 +190,9 @@ def test_a_direction_is_the_mean_of_the_rows_upper_gradients(seed, share):
     built = build_direction(
         "math", model, upper.parameters.names, rows, PROJECTOR, tokens_per_batch=64, pad_id=3, first_layer=upper.first
     )
-    every = [truth(model, list(upper.parameters.names), ids[b, :n], labels[b, :n])[1] for b, n in enumerate(lengths.tolist())]
+    every = [
+        truth(model, list(upper.parameters.names), ids[b, :n], labels[b, :n])[1] for b, n in enumerate(lengths.tolist())
+    ]
     mean = {name: sum(g[name] for g in every) / 3 for name in upper.parameters.names}
     norm = float(sum(m.double().square().sum() for m in mean.values())) ** 0.5
     assert built.norm == pytest.approx(norm, rel=1e-9)

@@ -80,13 +80,13 @@ def actors(folder: Path, world: int = 2, **seat) -> Actors:
 def test_a_dead_actor_is_replaced_by_one_with_a_number_of_its_own(ray, tmp_path):
     crew = actors(tmp_path)
     ray.ends[1] = ActorDied()
-    crew.tend()
-    crew.tend()
+    crew.tend(0)
+    crew.tend(0)
     assert ray.asked == [{"num_cpus": 1, "num_gpus": 1, "max_restarts": 0}] * 3
     assert [arguments[2]["rank"] for arguments in ray.arguments] == [1, 2, 3]
     assert crew.num_replaced == 1
     ray.ends[3] = None  # it has gone home
-    crew.tend()
+    crew.tend(0)
     assert len(ray.asked) == 3
     crew.end()
     assert ray.killed == 1
@@ -104,17 +104,17 @@ def test_deaths_without_end_stop_the_run(ray, tmp_path):
     crew = actors(tmp_path, 1)
     for number in (1, 2, 3):
         ray.ends[number] = ActorDied()
-        crew.tend()
+        crew.tend(0)
     ray.ends[4] = ActorDied()
     with pytest.raises(LaunchError, match="die again and again"):
-        crew.tend()
+        crew.tend(0)
 
 
 def test_an_error_in_an_actor_is_told_and_not_tried_again(ray, tmp_path):
     crew = actors(tmp_path, 1)
     ray.ends[1] = TaskFailed('Traceback:\n  File "a.py", line 1, in f\n  File "b.py", line 9, in g\nKeyError: x')
     with pytest.raises(LaunchError, match=r'File "b.py", line 9, in g\nKeyError: x'):
-        crew.tend()
+        crew.tend(0)
     assert len(ray.asked) == 1
     assert _last_words("no traceback\nat all") == "at all"
 
@@ -123,9 +123,9 @@ def test_no_room_for_any_actor_is_told_in_time(ray, tmp_path):
     crew = actors(tmp_path, 1, join_seconds=0.0)
     (tmp_path / "launch" / ("0" * 16) / "beats" / "0-77-aa.json").write_text("{}")
     with pytest.raises(LaunchError, match="no Ray actor has begun"):
-        crew.tend()
+        crew.tend(0)
     (tmp_path / "launch" / ("0" * 16) / "beats" / "1-78-bb.json").write_text("{}")
-    crew.tend()
+    crew.tend(0)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):

@@ -17,12 +17,14 @@ from tests.unit.store.store_world import SPEC, make_spec, memory_folder, read
 from gradsift.errors import LaunchError, SpecError, StoreError
 from gradsift.launch.bench import Inline, Released
 from gradsift.launch.board import LAUNCH, Board, read_state
+from gradsift.launch.flight import Flight
 from gradsift.launch.lead import Lead, leading
 from gradsift.launch.life import Watch
 from gradsift.launch.seat import Seat
 from gradsift.launch.worker import Worker, ended_run, joined
 from gradsift.store.verify import verify_store
 from gradsift.store.writer import open_writer
+from gradsift.types import RowStatus
 
 ROWS = stub_rows(30)
 NUM_UNITS = 8  # of four rows, the last of two
@@ -41,6 +43,7 @@ class Work:
         self.gone, self.threads, self.lock = gone, [], threading.Lock()
         self.errors: list[BaseException] = []
         self.ranks: set[int] = set()
+        self.deadly: list[int] = []  # rows of the micro-batches that killed
 
     def seat(self, rank: int) -> Seat:
         return Seat("torchrun", rank, 4, rank, join_seconds=10, gone_seconds=self.gone)
@@ -61,12 +64,18 @@ class Work:
             while len(self.ranks - {0}) < waits:
                 self.tick(0, 0)
                 time.sleep(0.01)
-            if first == poison or seen[0] == dies_after:
+            if seen[0] == dies_after:
                 raise Killed
             seen[0] += 1
             time.sleep(0.01)
 
-        plain = stub_bench(self.out / "store", self.rows if rows is None else rows, before=before)
+        def kills(ids) -> None:
+            if poison in ids:
+                with self.lock:
+                    self.deadly.append(len(ids))
+                raise Killed
+
+        plain = stub_bench(self.out / "store", self.rows if rows is None else rows, before=before, kills=kills)
         return dataclasses.replace(plain, tick=self.tick, spec=spec)
 
     def worker(self, rank: int, bench, *, silent: bool = False) -> None:
@@ -127,7 +136,7 @@ class Threads:
         dies = self.plan.pop(0) if self.plan else None
         self.work.start(self.started, self.work.bench(dies, self.poison))
 
-    def tend(self) -> None:
+    def tend(self, progress: int) -> None:
         alive = sum(thread.is_alive() for thread in self.work.threads)
         for _ in range(self.count - alive):
             self.add()
@@ -188,15 +197,92 @@ def test_a_crew_whose_members_die_is_replaced():
         assert "was gone: rank" in note.text
 
 
-def test_a_unit_that_costs_three_processes_stops_the_run_by_name():
+def poisoned(place: int = 4) -> tuple[str, list[str]]:
+    """A row of the second unit, and the ids of all rows of that unit."""
+    rows = sorted(ROWS, key=lambda row: (row.num_tokens, row.id))
+    return rows[place].id, [row.id for row in rows[4:8]]
+
+
+def check_poison(folder: Path, poison: str) -> None:
+    """The row that kills has its status and a reason, every other one what one process gives it."""
+    got, want = read(folder / "store"), inline(ROWS)
+    assert {name: row for name, row in got.items() if name != poison} == {
+        name: row for name, row in want.items() if name != poison
+    }
+    _, status, reason, *_ = got[poison]
+    assert status is RowStatus.WORKER_CRASH
+    assert reason.startswith("3 processes died while they measured it, 1 of them with this row alone: rank 1 (process")
+    assert verify_store(folder / "store").ok
+    assert not (folder / "store" / "flights").exists(), "the notes were cleared"
+
+
+@pytest.mark.parametrize("place", [4, 6, 7])
+def test_a_row_that_kills_costs_three_processes_and_itself(place):
+    poison, _ = poisoned(place)
     with memory_folder() as folder:
         work = Work(folder, seconds=30)
-        rows = sorted(ROWS, key=lambda row: (row.num_tokens, row.id))
+        lead = work.lead(crew=Threads(work, 1, [], poison=poison))
+        check_poison(folder, poison)
+        assert work.deadly == [4, 4, 1]
+        assert lead.tally.num_set_aside == 1
+        assert lead.tally.num_freed == 3
+        assert read_state(folder / LAUNCH)["end"] == "done"
+
+
+def test_a_row_that_kills_among_several_workers():
+    poison, _ = poisoned(5)
+    with memory_folder() as folder:
+        work = Work(folder, seconds=30)
+        lead = work.lead(crew=Threads(work, 3, [], poison=poison))
+        got = read(folder / "store")
+        assert got[poison][1] is RowStatus.WORKER_CRASH
+        assert {k: v for k, v in got.items() if k != poison} == {k: v for k, v in inline(ROWS).items() if k != poison}
+        assert lead.tally.num_set_aside == 1
+
+
+def test_rank_0_leaves_what_may_kill_it_to_the_others():
+    """Three workers that come of their own die over the row; rank 0 measures the rest of its unit, and lives."""
+    poison, _ = poisoned(5)
+    with memory_folder() as folder:
+        work = Work(folder, seconds=30)
+        for rank in (1, 2, 3):
+            work.start(rank, work.bench(poison=poison, rank=rank))
+        mine = work.bench(waits=0)
+        seen: list[str] = []
+
+        def measure(rows):
+            seen.extend(row.id for row in rows)
+            while not work.deadly:  # until a worker has begun the unit, rank 0 stays with its first one
+                work.tick(0, 0)
+                time.sleep(0.01)
+            return mine.measure(rows)
+
+        work.lead(dataclasses.replace(mine, measure=measure))
+        assert read(folder / "store")[poison][1] is RowStatus.WORKER_CRASH
+        assert poison not in seen
+        assert len(work.deadly) == 3
+
+
+def test_a_row_that_cannot_be_set_aside_stops_the_run_by_name():
+    poison, _ = poisoned()
+    with memory_folder() as folder:
+        work = Work(folder, seconds=30)
+        bench = dataclasses.replace(work.bench(), lost=None)
+        with pytest.raises(LaunchError, match="a row kills the process") as raised:
+            work.lead(bench, crew=Threads(work, 1, [], poison=poison))
+        assert poison in str(raised.value)
+        assert "a row kills" in read_state(folder / LAUNCH)["end"]
+
+
+def test_a_unit_whose_processes_leave_no_note_stops_the_run_by_name(monkeypatch):
+    monkeypatch.setattr(Flight, "write", lambda *_: None)
+    poison, unit = poisoned()
+    with memory_folder() as folder:
+        work = Work(folder, seconds=30)
         with pytest.raises(LaunchError, match="failed 3 times") as raised:
-            work.lead(crew=Threads(work, 1, [], poison=rows[4].id))
-        assert f"rows {rows[4].id} to {rows[7].id}" in str(raised.value)
-        assert work.begun[rows[4].id] == 3
-        assert "failed 3 times" in read_state(folder / LAUNCH)["end"]
+            work.lead(crew=Threads(work, 1, [], poison=poison))
+        assert f"rows {unit[0]} to {unit[-1]}" in str(raised.value)
+        assert work.begun[unit[0]] == 3
 
 
 def test_two_passes_and_a_worker_that_missed_the_first():

@@ -277,6 +277,4 @@ TestStoreAgainstDict.settings = settings(max_examples=15, stateful_step_count=12
 def test_store_against_dict_at_length():
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(
-        Machine, settings=settings(max_examples=500, stateful_step_count=40, deadline=None)
-    )
+    run_state_machine_as_test(Machine, settings=settings(max_examples=500, stateful_step_count=40, deadline=None))

@@ -32,6 +32,7 @@ CHANGES = {
     "direction": "sign",
     "truncation": "keep_end",
     "layers": "23 to 30 of 30",
+    "positions": "trained",
     "projection.dim": Projection(13, 42, "signfold-1"),
     "projection.seed": Projection(DIM, 43, "signfold-1"),
     "projection.version": Projection(DIM, 42, "signfold-2"),
