@@ -49,6 +49,7 @@ class Trial:
         limit: seconds after which a full run is ended; a planted defect has the same.
         slow: its quick size takes more than about 2 s, so that the suite marks it slow.
         slow_defects: planted defects whose quick size takes more than that.
+        may_miss: checks that are known to be missed without a defect; a defect must make another one be missed.
         shares_process: it leaves its process as it found it, so that the suite need not start one for it.
         barred: why this machine cannot run it, empty where it can.
         full_defects: run the planted defects at full size too; else at quick size.
@@ -65,6 +66,7 @@ class Trial:
     slow: bool = False
     slow_defects: tuple[str, ...] = ()
     full_defects: bool = False
+    may_miss: tuple[str, ...] = ()
     shares_process: bool = False
     barred: Callable[[], str] = str
 
@@ -173,12 +175,14 @@ def record_of(trial: Trial, full: bool, command: str) -> dict[str, Any]:
         What stands in the trial's file.
     """
     own = run_child(trial.name, full, SOUND, trial.limit)
+    anyway = missed(trial.judge(own["figures"])) if "figures" in own else set()
     planted = []
     for defect in trial.defects:
         found = run_child(trial.name, full and trial.full_defects, defect, trial.limit)
         # An exception is not the trial's verdict: the figures must say that something is wrong.
         verdict = trial.judge(found["figures"]) if "figures" in found else None
-        seen = verdict is not None and not verdict.met
+        # What is missed without the defect as well says nothing about it.
+        seen = verdict is not None and bool(missed(verdict) - anyway)
         line = verdict.line() if verdict is not None else found["error"]
         planted.append({"defect": defect, "seen": seen, "line": line, **found})
     record: dict[str, Any] = {
@@ -201,6 +205,11 @@ def record_of(trial: Trial, full: bool, command: str) -> dict[str, Any]:
     outcome = trial.judge(own["figures"])
     told = {"met": outcome.met, "line": outcome.line(), "checks": [asdict(check) for check in outcome.checks]}
     return plain(record | told | {"wording": list(outcome.wording), "figures": own["figures"]})
+
+
+def missed(outcome: Outcome) -> set[str]:
+    """Name the checks that a trial missed."""
+    return {check.name for check in outcome.checks if not check.met}
 
 
 def sound_record(record: Mapping[str, Any]) -> bool:

@@ -214,4 +214,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 TRIAL = Trial(
     "R27", "1M made-up rows x 1,024 float16, 10 kills, verify", "flat memory < 1.5 GiB, start <= 5 s, fsync < 5%, <= 2% bytes",
     run, judge, (KEEPS, FORGETS), {"rows": 1_000_000, "dim": DIM, "rows_per_shard": 1024, "kills": 10}, slow=True,
+    may_miss=("fsync's share of the time of writing",),
 )  # fmt: skip
