@@ -156,7 +156,7 @@ def test_stop_signal_resumes(tmp_path, navigator):
     slow = (
         "import time, sys, gradsift.gradients.collect as c, gradsift.pipeline.measure as m\nold = c.measure_shard\n"
         "def slow(*a):\n    print('shard', flush=True); time.sleep(0.5); return old(*a)\nm.measure_shard = slow\n"
-        "from gradsift.cli.app import run\nsys.exit(run(sys.argv[1:]))"
+        "from gradsift.cli import main\nmain()"
     )
     full = [sys.executable, "-c", slow, *command, "--set", "collect.rows_per_shard=3"]
     with subprocess.Popen(

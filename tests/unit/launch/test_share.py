@@ -37,7 +37,7 @@ class Killed(BaseException):
 class Work:
     """One run: a lead, workers that die after so many units, and a count of what was begun."""
 
-    def __init__(self, folder: Path, rows=ROWS, *, seconds: float = 20.0, gone: float = 0.4) -> None:
+    def __init__(self, folder: Path, rows=ROWS, *, seconds: float = 20.0, gone: float = 5.0) -> None:
         self.out, self.rows, self.begun = folder, rows, Counter()
         self.end = time.monotonic() + seconds
         self.gone, self.threads, self.lock = gone, [], threading.Lock()
@@ -147,7 +147,7 @@ class Threads:
 
 def check_deaths(dies_after: list[int | None], silent: bool = False) -> Work:
     with memory_folder() as folder:
-        work = Work(folder)
+        work = Work(folder, **({"gone": 0.4} if silent else {}))  # a busy machine lets a heart miss a beat
         for rank, dies in enumerate(dies_after, 1):
             work.start(rank, work.bench(dies, rank=rank), silent=silent)
         lead = work.lead(work.bench(waits=len(dies_after)))
@@ -371,7 +371,7 @@ def test_workers_of_a_lead_that_fails_say_why(tmp_path):
 
 
 def test_a_lead_that_falls_silent_is_gone_and_what_was_finished_stays_staged(tmp_path):
-    work = Work(tmp_path)
+    work = Work(tmp_path, gone=0.4)
     with leading(tmp_path, work.seat(0)) as lead:
         lead.board.open_pass("signals", SPEC.key, list(bench_units(work)))
         lead._passes.append("signals")
