@@ -24,6 +24,9 @@ TILE = 1 << 16  # entries of one gradient tile; 256 KiB in float32, half of a ty
 FOLDS_FAR = 8  # where a tile is formed anyway, folding the factors pays from this many entries per cell on
 CHUNK = 8  # examples whose tiles meet the directions in one product, so that each direction is read once for all
 
+# One buffer for all blocks: a tile is done with before the next is formed, and one each was 2 MiB for every layer.
+_SCRATCH: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
 
 @dataclass
 class Totals:
@@ -155,7 +158,6 @@ class Block:
     bend: Callable[[Tensor, int], Tensor] | None = None
     road: str = "tiles"
     folds: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
-    _scratch: Tensor | None = field(default=None, repr=False)
 
     @property
     def numel(self) -> int:
@@ -279,9 +281,11 @@ class Block:
                     add_rows_(totals.sketch[b : b + 1], tile[k : k + 1], low, self.cells)
 
     def _buffer(self, like: Tensor, count: int, size: int) -> Tensor:
-        if self._scratch is None or self._scratch.shape[0] < count or self._scratch.shape[1] < size:
-            self._scratch = torch.empty(count, size, dtype=like.dtype, device=like.device)
-        return self._scratch
+        key, need = (like.dtype, like.device), count * size
+        held = _SCRATCH.get(key)
+        if held is None or held.numel() < need:
+            held = _SCRATCH[key] = torch.empty(need, dtype=like.dtype, device=like.device)
+        return held[:need].view(count, size)
 
     # -- dense ---------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ from gradsift.types import Note, TokenRow
 SHARE = 0.8  # of the memory that is free, for auto: the rest is for what else runs and for what is not foreseen
 LEAST, MOST = 256, 16_384  # tokens per batch that auto chooses from, in powers of two
 TILES = 8 << 20  # scratch of the tiles and of the fold
+HEAP = 1 / 3  # of what a micro-batch keeps: freed pieces that malloc keeps between sizes (measured 0.3 to 0.5, glibc)
+CACHE = 0.1  # the same of CUDA's caching allocator (not measured)
 FIRST_USE = 48 << 20  # what the arithmetic libraries set up when they first run
 
 
@@ -55,6 +57,7 @@ class PassMemory:
         directions: anchors and target, exact.
         activations: kept by one micro-batch for its backward.
         logits: with their exponentials and slope.
+        allocator: memory that was freed and is kept, in pieces that do not fit what is asked for.
         learner: short trainings' gradients, moments and starting weights.
         chosen: sketches that a method has in memory while it chooses.
         device: ``cpu``, or where the model is: there ``held`` and ``chosen`` do not count.
@@ -67,6 +70,7 @@ class PassMemory:
     directions: int
     activations: int
     logits: int
+    allocator: int = 0
     learner: int = 0
     chosen: int = 0
     device: str = "cpu"
@@ -75,8 +79,8 @@ class PassMemory:
     @property
     def peak(self) -> int:
         """Bytes at the peak, in the memory that the model is in."""
-        batch = self.directions + self.learner + max(self.activations + self.logits + TILES + FIRST_USE, self.chosen)
-        return self.held + self.weights + max(self.loading, batch)
+        kept = self.activations + self.logits + self.allocator + TILES + FIRST_USE
+        return self.held + self.weights + max(self.loading, self.directions + self.learner + max(kept, self.chosen))
 
     def lines(self) -> Iterator[tuple[str, int]]:
         """Name the parts that count.
@@ -84,9 +88,10 @@ class PassMemory:
         Yields:
             Words and bytes.
         """
-        for name in ("held", "weights", "loading", "directions", "activations", "logits", "learner", "chosen"):
-            if getattr(self, name):
-                yield name, getattr(self, name)
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size and field.name not in ("device", "traced"):
+                yield field.name, size
 
 
 def resident() -> int:
@@ -270,29 +275,33 @@ class _Outline:
             traced,
         )
 
+    def _kept(self, batch: Batch) -> float:
+        tokens = batch.num_rows * batch.length
+        return tokens * (self.per_token + self.gradient) + batch.num_positions * self.per_position
+
     def memory(self, prepared: Prepared, rows: Sequence[TokenRow], num_gradients: int) -> PassMemory:
         """Fill in the rows."""
         collect = prepared.recipe.collect
-        roles = [rows, *(list(source.usable) for source in prepared.directions)] if self.measured else [rows]
-        batches = [
-            largest_batch(some, collect.tokens_per_batch, collect.rows_per_shard, self.vocabulary) for some in roles
-        ]
-        kept = max(
-            (b.num_rows * b.length * (self.per_token + self.gradient) + b.num_positions * self.per_position, n)
-            for n, b in enumerate(batches)
-        )
-        worst = batches[kept[1]]
+        roles = [(rows, collect.rows_per_shard)]
+        if self.measured:  # directions are built without shards
+            roles += [(source.usable, max(1, len(source.usable))) for source in prepared.directions]
+        batches = [largest_batch(some, collect.tokens_per_batch, each, self.vocabulary) for some, each in roles]
+        worst = max(batches, key=self._kept)
         needs = prepared.method.needs
         learns = needs.probes is not None or needs.warmup is not None or needs.proxy
-        own = self.measured or self.weights // 4
+        adapter = prepared.recipe.navigator.parameters == "lora"
+        own = self.measured or self.weights // (80 if adapter else 4)  # an adapter is about a twentieth of the weights
+        logits = round(worst.num_positions * self.per_position)
+        activations = round(self._kept(worst)) - logits
         sketches = 4 * collect.sketch_dim * len(rows) if "sketch" in needs.signals else 0
         return PassMemory(
             held=resident() if self.device == "cpu" else 0,
             weights=self.weights,
             loading=self.file_bytes if self.device == "cpu" else 0,
             directions=2 * len(prepared.directions) * self.measured * 4,
-            activations=round(worst.num_rows * worst.length * (self.per_token + self.gradient)),
-            logits=round(worst.num_positions * self.per_position),
+            activations=activations,
+            logits=logits,
+            allocator=round((activations + logits) * (HEAP if self.device == "cpu" else CACHE)),
             learner=(4 + num_gradients) * own * 4 if learns else 0,
             chosen=4 * min(sketches, 1 << 28) if self.device == "cpu" else 0,
             device=self.device,

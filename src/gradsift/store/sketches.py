@@ -129,7 +129,7 @@ def read_rows(store: SignalStore, record: Record, rows: Int[np.ndarray, " b"], d
     name, width = sketch_file(record.unit), 2 * dim
     mark = record.files.get(name)
     head = -1 if mark is None else mark.bytes - record.num_rows * width
-    if head < 0:
+    if mark is None or head < 0:
         raise damage(store.folder, record, name, str(mark), f"{record.num_rows} sketches of {dim} numbers")
     if name not in store._checked:
         data = read_checked(store.folder, record, name)

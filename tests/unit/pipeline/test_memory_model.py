@@ -94,6 +94,7 @@ def test_the_peak_is_the_larger_of_loading_and_the_pass():
     assert part.peak == 100 + 10 + 4 + 50 + 5 + rest
     assert dataclasses.replace(part, loading=10**9).peak == 110 + 10**9
     assert dataclasses.replace(part, chosen=10**9).peak == 114 + 10**9
+    assert dataclasses.replace(part, allocator=3).peak == part.peak + 3
     assert dict(part.lines()) == {"held": 100, "weights": 10, "directions": 4, "activations": 50, "logits": 5}
 
 
