@@ -213,7 +213,7 @@ def child(target: str, seconds: float, defect: str, out: Path) -> None:
 
         with atheris.instrument_imports(include=["gradsift.store", "gradsift.manifest", "gradsift.recipe"]):
             pass
-    with tempfile.TemporaryDirectory(prefix="gradsift-fuzz-", dir=_memory()) as name:
+    with tempfile.TemporaryDirectory(prefix="gradsift-fuzz-", dir=out.parent) as name:
         room = Path(name)
         seeds = valid(target, room / "store")
         (room / "store").mkdir(exist_ok=True)
@@ -265,7 +265,7 @@ def run(full: bool, defect: str) -> dict[str, Any]:
     targets = {LEAKS: ("rows",), STALLS: ("recipe",)}.get(defect, TARGETS)
     seconds = (60.0 if full else 1.5) if not defect else 4.0
     found = {}
-    with tempfile.TemporaryDirectory(prefix="gradsift-r26-") as name:
+    with tempfile.TemporaryDirectory(prefix="gradsift-r26-", dir=_memory()) as name:
         for target in targets:
             out = Path(name) / f"{target}.json"
             command = [sys.executable, "-m", "benchmarks.reliability.r26_fuzz", target, str(seconds), defect, str(out)]
