@@ -54,7 +54,7 @@ def test_a_run_leaves_every_file_and_a_full_audit(tmp_path, navigator):
     table = audit(out)
     assert table.column_names == [
         "id", "source", "file", "row", "status", "num_tokens", "num_trained", "loss", "grad_norm", "cos_math",
-        "cos_chat", "cos_target", "emb_grad_norm", "head_grad_norm", "score", "rank", "cluster", "selected", "order",
+        "cos_chat", "cos_target", "score", "rank", "cluster", "selected", "order",
         "weight", "reason_code", "reason",
     ]  # fmt: skip
     assert table["row"].to_pylist() == list(range(24))
@@ -317,3 +317,17 @@ def test_a_given_id_whose_text_was_edited_is_refused_by_name(tmp_path, navigator
     write_jsonl(files["pool"], rows)
     with pytest.raises(SpecError, match="row-3"):
         run(files, tmp_path / "run", navigator)
+
+
+def test_edge_norms_are_measured_where_they_are_asked_for(tmp_path, navigator):
+    files = world(tmp_path)
+    edges = {"emb_grad_norm", "head_grad_norm"}
+    run(files, tmp_path / "all", navigator, "norm", settings={"collect.signals": "all"})
+    assert edges <= set(audit(tmp_path / "all").column_names)
+    run(files, tmp_path / "all", navigator, "target_cosine")  # a folder keeps what it measures
+    assert edges <= set(audit(tmp_path / "all").column_names)
+    run(files, tmp_path / "few", navigator, "norm")
+    assert not edges & set(audit(tmp_path / "few").column_names)
+    with pytest.raises(SpecError, match="signals"):
+        run(files, tmp_path / "few", navigator, "grads")
+    run(files, tmp_path / "few", navigator, "norm")

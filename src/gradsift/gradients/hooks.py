@@ -333,7 +333,7 @@ class GradientEngine:
                     do="choose another --navigator or leave the layer out of navigator.parameters",
                 )
             seen = Seen(x, g, lengths)
-            if module is self._embedding and self._embedding_block is None and self.edges:
+            if module is self._embedding and self._embedding_block is None and self.edges and self._sees_lookups:
                 batch.emb_square = self._embedding_squares(module, seen)
         if module not in self._uses:
             return

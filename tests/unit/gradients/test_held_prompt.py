@@ -21,7 +21,7 @@ from gradsift.models.parameters import choose_parameters
 
 PROJECTOR = Projector(seed=7, dim=61)
 # What holds a layer's queries, keys and values: with these cut before a position nothing before it has a gradient.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "c_attn")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "c_attn", "q_norm", "k_norm")
 
 
 def some_batch(lengths, first, seed=0):

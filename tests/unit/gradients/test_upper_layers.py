@@ -142,10 +142,11 @@ def test_parameters_are_those_of_the_layers_and_what_follows(kind):
     assert not set(below) & set(upper.parameters.names)
     last = [n for n in chosen.names if f".{num - 1}." in n]
     assert set(last) <= set(upper.parameters.names)
-    tied = {"gpt2": "transformer.wte.weight", "llama": None, "lora": None}.get(kind, "model.embed_tokens.weight")
+    untied = dict.fromkeys(("llama", "lora", "qwen3"))
+    tied = {"gpt2": "transformer.wte.weight", **untied}.get(kind, "model.embed_tokens.weight")
     assert upper.in_part == (() if tied is None else (tied,))
     rest = set(upper.parameters.names) - set(last)
-    ends = {"llama": {"model.norm.weight", "lm_head.weight"}, "lora": set(),
+    ends = {**dict.fromkeys(("llama", "qwen3"), {"model.norm.weight", "lm_head.weight"}), "lora": set(),
             "gpt2": {"transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}}  # fmt: skip
     assert rest == ends.get(kind, {"model.embed_tokens.weight", "model.norm.weight"})
     assert list(upper.parameters.names) == [n for n in chosen.names if n in set(upper.parameters.names)]
