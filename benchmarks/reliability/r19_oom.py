@@ -140,8 +140,8 @@ def limited(out: Path) -> None:
 
 def measure(full: bool, defect: str) -> dict[str, Any]:
     """Fake failures; at full size real ones too."""
-    figures: dict[str, Any] = {"fake": fake(full, defect)}
-    if full and not defect:
+    figures: dict[str, Any] = {}
+    if full and not defect:  # first: what an earlier pass has freed would be used again, and nothing be refused
         with room() as folder:
             pid = os.fork()
             if pid == 0:
@@ -156,7 +156,7 @@ def measure(full: bool, defect: str) -> dict[str, Any]:
 
             path = folder / "found.json"
             figures["real"] = json.loads(path.read_text()) if path.exists() else {"ended": code}
-    return figures
+    return {"fake": fake(full, defect), **figures}
 
 
 def judge(figures: Mapping[str, Any]) -> Outcome:
