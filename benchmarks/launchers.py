@@ -40,7 +40,9 @@ def victim(out: Path, log: Path, rank: int) -> int | None:
 def through(launcher: str, command: list[str], out: Path, log: Path, kill: bool, **extra: str) -> dict[str, Any]:
     """One launcher; with ``kill`` a worker dies by kill -9, and the same command follows where the job ended with it."""
     starts, begun = 1, time.monotonic()
-    process = start(command, log, slow=0.3 if kill else 0.02, **extra)  # time for the kill to find a worker at its work
+    process = start(
+        command, log, slow=0.3, **extra
+    )  # time for every worker to join and for the kill to find one at its work
     if kill:
         os.kill(wait_for(lambda: victim(out, log, 1), LIMIT, process=process), signal.SIGKILL)
         process.communicate(timeout=LIMIT)
