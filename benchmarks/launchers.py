@@ -31,16 +31,18 @@ LIMIT = 3600.0
 
 
 def victim(out: Path, log: Path, rank: int) -> int | None:
-    """Process number of a rank that has begun at least two units."""
+    """Process number of a rank that has begun a unit."""
     notes = [json.loads(path.read_text()) for path in out.glob(f"launch/*/beats/{rank}-*.json")]
     begun = [pid for pid, _ in measured(log)]
-    return next((note["pid"] for note in notes if begun.count(note["pid"]) >= 2), None)
+    return next((note["pid"] for note in notes if begun.count(note["pid"]) >= 1), None)
 
 
 def through(launcher: str, command: list[str], out: Path, log: Path, kill: bool, **extra: str) -> dict[str, Any]:
     """One launcher; with ``kill`` a worker dies by kill -9, and the same command follows where the job ended with it."""
     starts, begun = 1, time.monotonic()
-    process = start(command, log, slow=0.02, **extra)
+    process = start(
+        command, log, slow=0.3, **extra
+    )  # time for every worker to join and for the kill to find one at its work
     if kill:
         os.kill(wait_for(lambda: victim(out, log, 1), LIMIT, process=process), signal.SIGKILL)
         process.communicate(timeout=LIMIT)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import log2
@@ -12,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from benchmarks.reliability.frame import Check, Outcome, Trial
+from benchmarks.reliability.frame import ROOT, Check, Outcome, Trial
 from benchmarks.reliability.r17_nonfinite import numbers, pass_of, relative
 from benchmarks.reliability.runs import room
 from tests.toy import toy_llama
@@ -140,23 +142,18 @@ def limited(out: Path) -> None:
 
 def measure(full: bool, defect: str) -> dict[str, Any]:
     """Fake failures; at full size real ones too."""
-    figures: dict[str, Any] = {"fake": fake(full, defect)}
-    if full and not defect:
+    figures: dict[str, Any] = {}
+    if full and not defect:  # first: what an earlier pass has freed would be used again, and nothing be refused
         with room() as folder:
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    limited(folder / "found.json")
-                    code = 0
-                finally:
-                    os._exit(code)
-            code = os.waitpid(pid, 0)[1]
+            code_ = "import sys; from pathlib import Path; from benchmarks.reliability.r19_oom import limited; limited(Path(sys.argv[1]))"
+            command = [sys.executable, "-c", code_, str(folder / "found.json")]  # a heap that nothing was freed in yet
+            path_ = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path_}).returncode
             import json
 
             path = folder / "found.json"
             figures["real"] = json.loads(path.read_text()) if path.exists() else {"ended": code}
-    return figures
+    return {"fake": fake(full, defect), **figures}
 
 
 def judge(figures: Mapping[str, Any]) -> Outcome:

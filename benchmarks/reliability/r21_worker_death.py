@@ -244,13 +244,15 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
         bad = [c for c in found if c not in good]
         what = f"{kind}: runs that end with all other rows as one process gives them"
         checks.append(Check(what, f"{len(good)}/{len(found)}" + "".join(f", not: {c}" for c in bad), "all", not bad))
-        times = [f[name] for c, f in found.items() if c != FAULT for name in ("noticed_after", "given_again_after")
-                 if not (kind == "ray" and c == HANG)]  # fmt: skip
-        told = [t for t in times if t is not None]
-        if times:
-            ok = len(told) == len(times) and max(told) <= NOTICE
+        dead = [f for c, f in found.items() if c != FAULT and not (kind == "ray" and c == HANG)]
+        told = [f["noticed_after"] for f in dead if f["noticed_after"] is not None]
+        again = [f["given_again_after"] for f in dead if f["given_again_after"] is not None]
+        if dead:
+            ok = len(told) == len(dead) and max(told) <= NOTICE
             seen = f"{max(told):.2f} s" if told else "never"
-            checks.append(Check(f"{kind}: longest time to notice a death and give its unit again", seen, "<= 5 s", ok))
+            checks.append(Check(f"{kind}: longest time to notice a death", seen, "<= 5 s", ok))
+            seen = f"{len(again)}/{len(dead)}" + (f", last after {max(again):.2f} s" if again else "")
+            checks.append(Check(f"{kind}: units taken by another process", seen, "all", len(again) == len(dead)))
         if FAULT in found:
             status = found[FAULT]["status_of_bad"]
             checks.append(Check(f"{kind}: status of the row that segfaults", str(status), "WORKER_CRASH",
