@@ -146,7 +146,7 @@ def test_parameters_are_those_of_the_layers_and_what_follows(kind):
     tied = {"gpt2": "transformer.wte.weight", **untied}.get(kind, "model.embed_tokens.weight")
     assert upper.in_part == (() if tied is None else (tied,))
     rest = set(upper.parameters.names) - set(last)
-    ends = {**dict.fromkeys(("llama", "qwen3"), {"model.norm.weight", "lm_head.weight"}), "lora": set(),
+    ends = {**{k: {"model.norm.weight", "lm_head.weight"} for k in ("llama", "qwen3")}, "lora": set(),
             "gpt2": {"transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}}  # fmt: skip
     assert rest == ends.get(kind, {"model.embed_tokens.weight", "model.norm.weight"})
     assert list(upper.parameters.names) == [n for n in chosen.names if n in set(upper.parameters.names)]
