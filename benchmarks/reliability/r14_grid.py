@@ -28,6 +28,7 @@ DRIFTS = "the same run twice differs in the last bit"
 BATCHES, WORKERS, SHARDS, PADS, ORDERS = (1, 3, 8, 32), (1, 2), (64, 1000), (0, 37), (False, True)
 REFERENCE = (1, 1, 64, 0, False)
 REL, COS = 1e-5, 1e-9
+STORED = "worst 1 - cosine of sketches as stored, in float16"
 
 
 def pad_more(extra: int) -> Any:
@@ -197,13 +198,11 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
         (
             Check("worst relative difference", f"{rel:.1e} over {len(cells)} runs", f"<= {REL:g}", rel <= REL),
             Check("worst 1 - cosine of sketches as measured", f"{cos:.1e}", f"<= {COS:g}", cos <= COS),
+            Check(STORED, f"{stored:.1e}", f"<= {COS:g}", stored <= COS),
             Check("least Jaccard of the chosen rows", f"{jaccard:.3f} of {figures['chosen']}", "1.000", jaccard == 1.0),
             Check("the same run twice, bit by bit", "equal" if same else "differs", "equal", same),
         ),
-        (
-            f"the store rounds sketches to float16, and of those it is {stored:.1e}",
-            "padding is on the right in gradsift; its amount was varied",
-        ),
+        ("padding is on the right in gradsift; its amount was varied",),
     )
 
 
@@ -211,4 +210,5 @@ TRIAL = Trial(
     "R14", "micro-batch {1,3,8,32} x workers {1,2} x shard {64,1000} x padding x order of the input",
     "rel <= 1e-5, 1 - cos <= 1e-9, bit-identical twice, one selected set", measure, judge, (BY_PLACE, DRIFTS),
     {"rows": 150, "batch": BATCHES, "workers": WORKERS, "shard": SHARDS, "pad": PADS, "dtype": "float32"}, slow=True,
+    may_miss=(STORED,),
 )  # fmt: skip

@@ -78,7 +78,7 @@ def spherical_kmeans(
         rows = _drawn(sketch.shape, stream, ids, wanted)
         centers = _fit(unit_sketches(sketch[rows], tuple(ids[i] for i in rows)), stream, wanted)
         return _numbered_by_first_row(_walk(sketch, centers, ids), centers)
-    unit = unit_sketches(sketch, ids)
+    unit = unit_sketches(np.asarray(sketch), ids)
     centers = _fit(unit, stream, wanted)
     return _numbered_by_first_row(_nearest(unit, centers), centers)
 

@@ -107,7 +107,7 @@ def _sketch(store: SignalStore, originals: Sequence[str], at: Int[np.ndarray, " 
     assert store.spec.projection is not None
     if len(at) * store.spec.projection.dim * 4 > IN_MEMORY:
         return stored_sketches(store, at)
-    return store.gather([originals[i] for i in at.tolist()])
+    return store.gather([originals[int(i)] for i in at])
 
 
 def _likeness(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:
