@@ -87,8 +87,8 @@ def patched(**fields: Any) -> Change:
     """What only another version of gradsift changes: a field of the spec."""
 
     def edit(place: Path) -> dict[str, Any]:
-        plain = measuring._spec
-        patch.object(measuring, "_spec", lambda *a: dataclasses.replace(plain(*a), **fields)).start()
+        plain = measuring.spec_of
+        patch.object(measuring, "spec_of", lambda *a: dataclasses.replace(plain(*a), **fields)).start()
         return {}
 
     return edit
@@ -96,13 +96,13 @@ def patched(**fields: Any) -> Change:
 
 def other_sketch(place: Path) -> dict[str, Any]:
     """A newer map with the same name."""
-    plain = measuring._spec
+    plain = measuring.spec_of
 
     def newer(*arguments: Any) -> Any:
         spec = plain(*arguments)
         return dataclasses.replace(spec, projection=dataclasses.replace(spec.projection, version="signfold-9"))
 
-    patch.object(measuring, "_spec", newer).start()
+    patch.object(measuring, "spec_of", newer).start()
     return {}
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from gradsift.methods import make_method
-from gradsift.pipeline.measure import measured_rows, wants_gradients
+from gradsift.pipeline.asked import wants_gradients
+from gradsift.pipeline.measure import measured_rows
 from gradsift.pipeline.memory import PassMemory, pass_memory, resident, with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe_design import design_probes

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,7 @@ from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.geometry.anchors import split_half
 from gradsift.geometry.checkpoints import Warmup
 from gradsift.gradients.collect import (
-    CODE_VERSION,
     Pass,
-    measure_noise,
     measure_shard,
     refuse_if_mostly_bad,
     unmeasured,
@@ -33,18 +30,20 @@ from gradsift.gradients.directions import (
     save_direction,
     sketch_directions,
 )
-from gradsift.gradients.hooks import EDGE_NORMS, GradientEngine
-from gradsift.gradients.project import VERSION, Projector
-from gradsift.gradients.upper import Upper, choose_upper
+from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.project import Projector
+from gradsift.gradients.upper import choose_upper
 from gradsift.launch.bench import Bench
 from gradsift.launch.flight import Flight, Watchdog
-from gradsift.manifest import hash_parts, make_folder, versions, write_json_atomic
-from gradsift.models.adapter import adapter_sha256, attach_lora
+from gradsift.manifest import hash_parts, make_folder, versions
+from gradsift.models.adapter import attach_lora
 from gradsift.models.load import Navigator, load_navigator
-from gradsift.models.parameters import Coverage, Parameters, choose_parameters, coverage
+from gradsift.models.parameters import Coverage, Parameters, choose_parameters
 from gradsift.pipeline.active import activate
+from gradsift.pipeline.asked import covered_by, held_note, spec_of, wants_edges, wants_gradients
 from gradsift.pipeline.embedding import embed_target, wants_embedding
 from gradsift.pipeline.forward import told_apart, wanted_extras
+from gradsift.pipeline.noise import noise_of
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
 from gradsift.pipeline.warm import (
@@ -58,9 +57,8 @@ from gradsift.pipeline.warm import (
 )
 from gradsift.seeds import stream
 from gradsift.store.room import refuse_if_it_does_not_fit
-from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore, open_store
-from gradsift.store.spec import GradientSpec, Projection, kept_specs, store_folder
+from gradsift.store.spec import GradientSpec, store_folder
 from gradsift.store.staging import STAGING, adopt_staged
 from gradsift.store.writer import SignalWriter, open_writer
 from gradsift.types import Direction, Noise, Note, RowStatus, TokenRow
@@ -193,15 +191,15 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
         first_layer=first_layer,
         trained_only=trained_only,
     )
-    covered, remarks = _covered(parameters, upper, tuple(engine.blocks) if gradients else parameters.names)
-    notes += [*remarks, *(_held_note(rows) if trained_only else [])]
+    covered, remarks = covered_by(parameters, upper, tuple(engine.blocks) if gradients else parameters.names)
+    notes += [*remarks, *(held_note(rows) if trained_only else [])]
     if gradients and engine.road != "tiles":
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
     prepared, rows = told_apart(prepared, extras, rows)
     rows = rows if part.ids is None else tuple(row for row in rows if row.id in part.ids)
     more = (*(["embedding"] if embeds else []), *extras.names, *(engine.edge_norms if gradients else ()))
-    spec = _spec(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
+    spec = spec_of(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
     spec = spec if at is None else spec_at(spec, at)
     folder = store_folder(out / signals, spec)
     built = _directions(prepared, model, engine, folder, clock, embeds) if gradients else []
@@ -223,7 +221,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     notes += _set_aside_note(store)
     with clock.stage("noise"):
         quiet = dataclasses.replace(run, tick=lambda n, tokens: clock.tick("noise", n, tokens))
-        noise = _noise(quiet, rows, store, folder, recipe.seed)
+        noise = noise_of(quiet, rows, store, folder, recipe.seed)
     facts = tuple(_facts(d, prepared, recipe.seed) for d in built)
     notes += _reliability_notes(facts)
     return Measurement(
@@ -255,40 +253,6 @@ def _directions_kept(
     if at is None or at.form == "none":
         return None, 0.0
     return target_sketches(built, prepared), direction_noise(run, rows, store, folder, prepared.recipe.seed)
-
-
-def wants_gradients(prepared: Prepared, out: Path | None = None) -> bool:
-    """Tell whether the pass needs a backward: the method's signals, all of them, or what the folder holds already.
-
-    A folder that holds signals keeps what it measures, so that a method that needs less goes on with them.
-
-    Args:
-        prepared: the run's inputs.
-        out: the run folder, which need not exist; None for a fresh one.
-
-    Returns:
-        True where gradients are measured.
-    """
-    if prepared.recipe.collect.signals == "all" or prepared.method.needs.gradients:
-        return True
-    return out is not None and any(spec.parameters != "none" for spec in kept_specs(out / "signals"))
-
-
-def wants_edges(prepared: Prepared, out: Path) -> bool:
-    """Tell whether the gradient norms of embedding and LM head are measured where these tables are not chosen themselves.
-
-    They cost 2% to 7% of such a pass; where the tables are chosen they come with it. A folder keeps what it measures.
-
-    Args:
-        prepared: the run's inputs.
-        out: the run folder; need not exist.
-
-    Returns:
-        True where a method needs them, they are part of what is measured here, or all signals were asked for.
-    """
-    if prepared.recipe.collect.signals == "all" or prepared.method.needs.signals & set(EDGE_NORMS):
-        return True
-    return any(set(EDGE_NORMS) <= set(spec.signals) for spec in kept_specs(out / "signals"))
 
 
 def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
@@ -344,77 +308,6 @@ def with_adapter(
     )
     text = f"the adapter was trained on {warmed.num_rows} pool rows before measuring"
     return model, [Note("lora_warmed", text, warmed.num_rows)]
-
-
-def _covered(parameters: Parameters, upper: Upper | None, seen: Sequence[str]) -> tuple[Coverage, list[Note]]:
-    """Share of the chosen parameters that is seen; of upper layers only, those are unseen that were to be seen."""
-    if upper is None:
-        covered = coverage(parameters, seen)
-        return covered, _coverage_note(covered)
-    there = coverage(upper.parameters, seen)
-    covered = Coverage(there.num_seen, parameters.numel, there.unseen)
-    part = f"; {', '.join(upper.in_part)} by its use in the head alone" if upper.in_part else ""
-    text = (
-        f"only layers {upper.text} and what follows them were measured: {covered.share:.1%} of the chosen parameters"
-        f"{part}; gradsift doctor --layers shows how well that ranks"
-    )
-    return covered, [Note("coverage_layers", text, len(upper.parameters.names)), *_coverage_note(there)]
-
-
-def _held_note(rows: Sequence[TokenRow]) -> list[Note]:
-    """Say which share of the tokens is differentiated."""
-    left = sum(row.num_tokens - max(0, int(row.trained[1:].argmax())) for row in rows)
-    share = left / sum(row.num_tokens for row in rows)
-    text = (
-        f"prompts were held constant: the gradients are those of {share:.1%} of the tokens, from the one that predicts a row's "
-        "first trained token on"
-    )
-    return [Note("held_prompts", text, len(rows))]
-
-
-def _coverage_note(covered: Coverage) -> list[Note]:
-    if covered.enough:
-        return []
-    text = (
-        f"the signals see {covered.share:.1%} of the chosen parameters; not seen: {', '.join(covered.unseen[:6])}"
-        f"{' ...' if len(covered.unseen) > 6 else ''}"
-    )
-    return [Note("coverage", text, len(covered.unseen))]
-
-
-def _spec(
-    prepared: Prepared,
-    navigator: Navigator,
-    model: nn.Module,
-    measured: Parameters | Upper,
-    gradients: bool,
-    more: Sequence[str],
-) -> GradientSpec:
-    recipe = prepared.recipe
-    upper = measured if isinstance(measured, Upper) else None
-    parameters = measured.parameters if isinstance(measured, Upper) else measured
-    signals = ["loss", *more]
-    if gradients:
-        signals += ["grad_norm", "sketch"]
-        signals += ["dots"] if prepared.directions else []
-    lora = gradients and parameters.kind == "lora"
-    return GradientSpec(
-        parameters=parameters.kind if gradients else "none",
-        parameters_sha256=hash_parts(name.encode() for name in (sorted(parameters.names) if gradients else ())),
-        model_sha256=navigator.model_sha256,
-        tokenizer_sha256=navigator.tokenizer_sha256,
-        loss_on=recipe.data.loss_on or "by shape",
-        max_length=recipe.data.max_length,
-        signals=tuple(signals),
-        code_version=CODE_VERSION,
-        anchors={s.name: s.digest for s in prepared.directions} if gradients else {},
-        projection=Projection(recipe.collect.sketch_dim, recipe.seed, VERSION) if gradients else None,
-        adapter_sha256=adapter_sha256(model) if lora else None,
-        template_sha256=prepared.rule.template_sha256,
-        dtype=recipe.navigator.dtype,
-        layers=None if upper is None else upper.text,
-        positions=recipe.collect.positions if gradients else "all",
-    )
 
 
 def _directions(
@@ -530,53 +423,6 @@ def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> set[st
             do="use another --out, or restore the pool file",
         )
     return done
-
-
-def _noise(run: Pass, rows: Sequence[TokenRow], store: SignalStore, folder: Path, seed: int) -> Noise:
-    """Measure the numerical bound once per set of rows; a repeated run reads it back."""
-    path = folder / "noise.json"
-    key = hash_parts(sorted(row.id.encode("utf-8", "surrogatepass") for row in rows))
-    if path.is_file():
-        kept = json.loads(path.read_text("utf-8"))
-        if kept.pop("rows") == key:
-            return Noise(**kept)
-    with run.engine:
-        noise = measure_noise(
-            run, rows, _one_row(store, run.directions), stream(seed, "noise"), count=_probe_size(len(rows))
-        )
-    write_json_atomic(path, {**dataclasses.asdict(noise), "rows": key})
-    return noise
-
-
-def _probe_size(num_rows: int) -> int:
-    """Rows that are measured twice: 4%, at least 2 and at most 8."""
-    return min(8, max(2, num_rows // 25))
-
-
-def _one_row(store: SignalStore, directions: tuple[str, ...]) -> Callable[[str], ShardResult]:
-    dots, embeds = store.dots(directions), "embedding" in store.spec.signals
-
-    def look_up(row: str) -> ShardResult:
-        at = store.positions([row])
-        one = int(at[0])
-        return ShardResult(
-            ids=(row,),
-            content_hashes=(store.content_hashes[one],),
-            status=(store.status[one],),
-            reason=(store.reason[one],),
-            num_tokens=store.num_tokens[at],
-            num_trained=store.num_trained[at],
-            loss=store.loss[at],
-            grad_norm=store.grad_norm[at],
-            emb_grad_norm=store.emb_grad_norm[at],
-            head_grad_norm=store.head_grad_norm[at],
-            dots=dots[at],
-            directions=directions,
-            embedding=store.embedding([row]) if embeds and store.status[one].usable else None,
-            extra={n: store.extra(n, [row]) for n in store.spec.extras} if store.status[one].usable else {},
-        )
-
-    return look_up
 
 
 def _facts(direction: BuiltDirection, prepared: Prepared, seed: int) -> Direction:

@@ -18,10 +18,11 @@ from gradsift.errors import ConfigError
 from gradsift.launch.seat import Seat
 from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
 from gradsift.methods import make_method
+from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.audit import audit_table, with_probes, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
 from gradsift.pipeline.learner import NavigatorLearner
-from gradsift.pipeline.measure import Measurement, measured_rows, refuse_weak, wants_gradients
+from gradsift.pipeline.measure import Measurement, measured_rows, refuse_weak
 from gradsift.pipeline.memory import with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe import Probed, probe
