@@ -49,11 +49,14 @@ def wants_edges(prepared: Prepared, out: Path) -> bool:
         out: the run folder; need not exist.
 
     Returns:
-        True where a method needs them, they are part of what is measured here, or all signals were asked for.
+        True where a method needs them, they are part of what is measured here, or a fresh folder is to hold all signals.
     """
-    if prepared.recipe.collect.signals == "all" or prepared.method.needs.signals & set(EDGE_NORMS):
+    if prepared.method.needs.signals & set(EDGE_NORMS):
         return True
-    return any(set(EDGE_NORMS) <= set(spec.signals) for spec in kept_specs(out / "signals"))
+    kept = [spec for spec in kept_specs(out / "signals") if spec.parameters != "none"]
+    if kept:
+        return any(set(EDGE_NORMS) <= set(spec.signals) for spec in kept)
+    return prepared.recipe.collect.signals == "all"
 
 
 def covered_by(parameters: Parameters, upper: Upper | None, seen: Sequence[str]) -> tuple[Coverage, list[Note]]:
