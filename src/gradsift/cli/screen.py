@@ -42,6 +42,10 @@ PATIENCE_SECONDS = 2.0  # from a stop signal until the run is stopped in the mid
 HARD_SECONDS = 0.7  # from a second signal until the process ends without tidying up
 
 
+class _Overdue(BaseException):
+    """A run is stopped where it stands; whoever catches exceptions of a library there must not take it for one."""
+
+
 class Screen:
     """Progress on the terminal; also where a stop signal is noticed.
 
@@ -134,8 +138,8 @@ class Screen:
 
         def stop(number: int, _: FrameType | None) -> None:
             if self._stopped_by is not None and self._overdue:
-                self._overdue = False
-                self._look()
+                self._overdue, self._ending = False, True
+                raise _Overdue
             if self._stopped_by is not None:
                 os.write(2, f"gradsift: stopped at once by signal {number}; resume with: {self.resume}\n".encode())
                 later(HARD_SECONDS, lambda: os._exit(128 + number))  # native code may not give way
@@ -147,6 +151,9 @@ class Screen:
         before = {name: signal.signal(name, stop) for name in names}
         try:
             yield
+        except _Overdue:
+            self._close()
+            raise Interrupted(self._stopped_by or signal.SIGTERM, self.resume) from None
         finally:
             for timer in timers:
                 timer.cancel()

@@ -115,8 +115,7 @@ class Actors:
                 got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
                 do="check RAY_ADDRESS and ray status, or use torchrun; what was committed is kept",
             ) from error  # fmt: skip
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray sets its own, and ours ends the run in good order
+        _set_sigterm(before)
 
     def _refuse_none(self) -> None:
         """Refuse to wait for ever for actors that Ray has no room for."""
@@ -139,7 +138,9 @@ class Actors:
             self._ray.kill(actor)
         self._running.clear()
         if self._ours:
+            before = signal.getsignal(signal.SIGTERM)
             self._ray.shutdown()
+            _set_sigterm(before)
             self._ours = False
 
     def _start(self) -> None:
@@ -157,6 +158,12 @@ class Actors:
         actor = self._ray.remote(num_cpus=1, num_gpus=int(self._gpu), max_restarts=0)(Measuring).remote()
         ref = actor.run.remote(self._recipe, self._out, seat, self._board.run, str(Path.cwd()))
         self._running[ref] = (self._started, actor)
+
+
+def _set_sigterm(handler: Any) -> None:
+    """Set it again: Ray puts its own in place as it starts and none as it ends, below Python; ours ends a run in good order."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _last_words(traceback: str) -> str:

@@ -152,11 +152,18 @@ def test_a_ray_of_our_own_is_shut_down_and_our_signal_handler_stays(ray, tmp_pat
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def shutdown() -> None:
+        ray.shut += 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     monkeypatch.setattr(ray, "init", init, raising=False)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
     before = signal.getsignal(signal.SIGTERM)
     crew = actors(tmp_path)
     assert signal.getsignal(signal.SIGTERM) is before
     crew.end()
+    assert signal.getsignal(signal.SIGTERM) is before
     assert ray.shut == 1
     crew.end()
     assert ray.shut == 1

@@ -93,3 +93,20 @@ def test_a_second_signal_ends_the_process_also_where_native_code_does_not_give_w
     assert done.returncode == 130
     assert "resume with: gradsift again" in done.stderr
     assert time.monotonic() - begun < 15
+
+
+def test_a_stop_is_not_taken_for_a_librarys_error(monkeypatch):
+    """Loaders catch whatever a library raises and say what they think of the file; a stop goes through them."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
+    screen = Screen(Console(quiet=True), "gradsift select --out run")
+
+    def loads() -> None:
+        with screen.watching_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                stuck()
+            except Exception as error:
+                raise AssertionError("taken for an error of the library") from error
+
+    with pytest.raises(Interrupted):
+        loads()
