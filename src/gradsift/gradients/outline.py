@@ -44,8 +44,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        """Not needed: only the forward is run."""
-        raise NotImplementedError
+        """Never run: an outline is a forward."""
+        raise AssertionError("an outline runs no backward")
 
 
 class _Shapes(TorchFunctionMode):
