@@ -252,7 +252,7 @@ class _Outline:
         traced = True
         try:
             low, high = (trace_kept(adapted, names, num_rows=1, length=length, num_positions=n) for n in (1, 65))
-        except Exception:  # a forward that asks for numbers raises whatever it likes; the estimate then says "by a formula"
+        except Exception:  # a forward may raise anything; the estimate then says "by a formula"
             traced, layers = False, int(getattr(model.config, "num_hidden_layers", 24))
             kept = 16 * layers * length * width * own_size
             low, high = (Kept(kept, n * vocabulary * own_size, 8 * length * width * own_size) for n in (1, 65))
