@@ -19,7 +19,6 @@ from gradsift.gradients.calls import backward_to, bind
 from gradsift.launch.seat import Seat
 
 if TYPE_CHECKING:
-    import torch
     from torch.distributed.device_mesh import DeviceMesh
 
     from gradsift.models.shard import Sharded
@@ -124,6 +123,8 @@ class Lockstep:
     @contextmanager
     def _around(self, first: int | None) -> Iterator[None]:
         """What the engine enters for one micro-batch of this rank's rows."""
+        if self.over:
+            raise AssertionError("the other ranks have gone home, and their part of the model with them")
         self._say(FORWARD if first is None else BACKWARD + first)
         self.counts.num_steps += 1
         with self._called(first):

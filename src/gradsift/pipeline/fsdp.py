@@ -40,15 +40,26 @@ def check_fsdp(recipe: Recipe, method: Method, seat: Seat | None) -> None:
         "a training in rounds": bool(needs.proxy),
     }
     for what in (name for name, on in trained.items() if on):
-        raise _refused(f"{method.name} trains the navigator ({what})", "--fsdp and --method", method.name, "a method that measures only")
+        raise _refused(
+            f"{method.name} trains the navigator ({what})",
+            "--fsdp and --method",
+            method.name,
+            "a method that measures only",
+        )
     if recipe.navigator.parameters == "lora" and lora.warmup_share > 0:
         raise _refused("the adapter would be trained", "navigator.lora.warmup_share", lora.warmup_share, "0")
     if recipe.collect.positions != "all":
-        raise _refused("prompts are held constant by calls of their own", "collect.positions", recipe.collect.positions, "all")
+        raise _refused(
+            "prompts are held constant by calls of their own", "collect.positions", recipe.collect.positions, "all"
+        )
     if recipe.active_anchors is not None:
-        raise _refused("anchors' rows are measured apart", "active_anchors", recipe.active_anchors, "all rows of an anchor")
+        raise _refused(
+            "anchors' rows are measured apart", "active_anchors", recipe.active_anchors, "all rows of an anchor"
+        )
     if recipe.collect.tokens_per_batch == AUTO:
-        raise _refused("the free memory of one rank does not say what fits all", "collect.tokens_per_batch", "auto", "a number")
+        raise _refused(
+            "the free memory of one rank does not say what fits all", "collect.tokens_per_batch", "auto", "a number"
+        )
 
 
 def _refused(what: str, where: str, got: object, expected: str) -> ConfigError:

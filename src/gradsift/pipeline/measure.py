@@ -42,8 +42,8 @@ from gradsift.models.parameters import Coverage, Parameters, choose_parameters
 from gradsift.pipeline.active import activate
 from gradsift.pipeline.asked import covered_by, held_note, spec_of, wants_edges, wants_gradients
 from gradsift.pipeline.embedding import embed_target, wants_embedding
-from gradsift.pipeline.fsdp import load_shared
 from gradsift.pipeline.forward import told_apart, wanted_extras
+from gradsift.pipeline.fsdp import load_shared
 from gradsift.pipeline.noise import noise_of
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock

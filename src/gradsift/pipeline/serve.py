@@ -18,8 +18,8 @@ from gradsift.launch.worker import Worker, ended_run, joined
 from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.checkpoints import measure_trained
-from gradsift.pipeline.measure import Measurement, measured_rows
 from gradsift.pipeline.fsdp import check_fsdp
+from gradsift.pipeline.measure import Measurement, measured_rows
 from gradsift.pipeline.memory import with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.progress import Clock, Progress, Silent

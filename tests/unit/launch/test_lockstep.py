@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -132,7 +133,9 @@ def test_the_numbers_of_a_shared_model_are_those_of_the_whole_one(kind, dtype):
     assert counts["num_padded"] == [0, 3]
 
 
-@pytest.mark.parametrize("options", [{"share_of_layers": "1"}, {"share_of_layers": "1", "edges": False}, {"edges": False}])
+@pytest.mark.parametrize(
+    "options", [{"share_of_layers": "1"}, {"share_of_layers": "1", "edges": False}, {"edges": False}]
+)
 @pytest.mark.parametrize("kind", ["llama", "lora"])
 def test_a_backward_that_ends_early_ends_there_in_every_rank(kind, options):
     check_schedules(kind, torch.float64, options, [GRADIENTS])
@@ -174,9 +177,15 @@ def bytes_at_work(lockstep):
     for module in model.modules():
         if not list(module.children()):
             module.register_forward_hook(seen)
+
+    def left():
+        return sum(p.numel() * p.element_size() for p in model.parameters() if not hasattr(p, "to_local"))
+
     with engine:
         engine.measure(*batch(lockstep.seat.rank))
-        after = sum(p.numel() * p.element_size() for p in model.parameters() if not hasattr(p, "to_local"))
+        after = [left()]
+        engine.forward_only(*batch(lockstep.seat.rank))
+        after.append(left())
     return whole, slices, peak[0], after, lockstep.sharded.largest_bytes
 
 
@@ -184,9 +193,33 @@ def test_a_rank_holds_its_half_of_the_weights_and_one_or_two_whole_layers(monkey
     monkeypatch.setitem(toy.COMMON, "num_hidden_layers", 12)
     for whole, slices, peak, after, largest in together(bytes_at_work):
         assert 0.5 * whole <= slices < 0.505 * whole
-        assert after == 0, "whole weights were kept"
+        assert after == [0, 0], "whole weights were kept"
         assert slices < peak <= slices + largest
         assert peak < 0.8 * whole
+
+
+def load_slowly(lockstep, path):
+    """Write down when this rank begins and ends to load."""
+
+    def say(word):
+        with path.open("a") as log:
+            log.write(f"{word} {lockstep.seat.rank}\n")
+
+    def load():
+        say("begin")
+        time.sleep(0.1 * (3 - lockstep.seat.rank))
+        model = toy.toy_llama(0)
+        sharded = shard_model(model, find_layers(model), lockstep.mesh)
+        say("end")
+        return sharded
+
+    lockstep.in_turn(load)
+
+
+def test_the_ranks_of_a_machine_load_one_after_the_other(tmp_path):
+    together(load_slowly, tmp_path / "log", world=3)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == [f"{word} {rank}" for rank in range(3) for word in ("begin", "end")]
 
 
 def leave(lockstep, how):
@@ -219,7 +252,7 @@ def test_ranks_that_call_for_different_purposes_are_stopped_before_they_wait_for
         assert "same purpose" in str(error)
 
 
-def test_a_wait_is_ended_by_a_signal():
+def test_a_wait_is_ended_by_a_signal(monkeypatch):
     """The tick is called while a rank waits, and what it raises ends the wait."""
 
     class Never:
@@ -230,8 +263,8 @@ def test_a_wait_is_ended_by_a_signal():
         raise KeyboardInterrupt
 
     lockstep = Lockstep(Seat("torchrun", 0, 2), None, None, tick)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.distributed, "all_gather_single", lambda *_, **__: Never())
+    monkeypatch.setattr(torch.distributed, "all_gather_single", lambda *_, **__: Never())
+    with pytest.raises(KeyboardInterrupt):
         lockstep._say(0)
 
 
@@ -306,7 +339,9 @@ def test_fsdp_without_ranks_that_meet_is_refused(launcher, environment, got):
 
 def recipe_of(method, **more):
     source = [{"label": "a", "path": "a.jsonl"}]
-    return build_recipe({"pool": source, "anchors": source, "target": "t.jsonl", "budget": "10%", "method": {"name": method}, **more})
+    return build_recipe(
+        {"pool": source, "anchors": source, "target": "t.jsonl", "budget": "10%", "method": {"name": method}, **more}
+    )
 
 
 @pytest.mark.parametrize(
