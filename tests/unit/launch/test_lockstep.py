@@ -124,8 +124,16 @@ GRADIENTS = [[(1, True), (2, True), (3, True)], [(4, True)]]
 KINDS = [*toy.TOYS, "llama_tied", "mixtral"]
 
 
+QUICK = ("llama", "lora", "llama_tied", "mixtral")
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, torch.float64) for kind in KINDS), ("llama", torch.float32), ("lora", torch.float32)]
+    ("kind", "dtype"),
+    [
+        *(pytest.param(kind, torch.float64, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS),
+        ("llama", torch.float32),
+        ("lora", torch.float32),
+    ],
 )
 def test_the_numbers_of_a_shared_model_are_those_of_the_whole_one(kind, dtype):
     counts = check_schedules(kind, dtype, {}, [GRADIENTS, [[(5, False)], []]])
