@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gradsift.data.batches import collate, plan_batches
+from gradsift.data.tokens import content_of
 from gradsift.errors import NumericsError
 from gradsift.gradients.embed import content_order, reorder, unit_distance
 from gradsift.gradients.hooks import GradientEngine
@@ -22,7 +23,6 @@ from gradsift.gradients.measured import Forwarded
 from gradsift.gradients.taps import NO_EXTRAS, Extras, Taps, alone_row, empty_extras, hidden_name, stack_masks
 from gradsift.seeds import Stream
 from gradsift.store.shards import ShardResult
-from gradsift.store.spec import content_hash
 from gradsift.types import Noise, RowStatus, TokenRow
 
 CODE_VERSION = "gradients-1"
@@ -118,7 +118,7 @@ def _result(
 
     return ShardResult(
         ids=tuple(row.id for row in rows),
-        content_hashes=tuple(content_hash(row.input_ids, row.trained) for row in rows),
+        content_hashes=tuple(content_of(row) for row in rows),
         status=tuple(status for status, _ in statuses),
         reason=tuple(reason for _, reason in statuses),
         num_tokens=np.array([row.num_tokens for row in rows]),
