@@ -61,7 +61,7 @@ class PoolFile:
 
 @dataclass(frozen=True, eq=False)
 class PoolColumns:
-    """What is held of every row, 61 bytes in all; the row itself is read again when it is needed.
+    """What is held of every row, 46 bytes in all; the row itself is read again when it is needed.
 
     Args:
         ids: id -> position.

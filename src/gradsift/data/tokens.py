@@ -58,7 +58,7 @@ def content_of(row: TokenRow) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TokenColumns:
-    """What is held of every token row, 38 bytes.
+    """What is held of every token row, 42 bytes.
 
     Args:
         status: uint8 [N] number of the status in ``gradsift.data.pool.STATUSES``.

@@ -26,6 +26,7 @@ from gradsift.store.shards import ShardResult
 from gradsift.types import Noise, RowStatus, TokenRow
 
 CODE_VERSION = "gradients-1"
+DRAWN = 1 << 14  # rows whose ids are hashed at a time
 SAFETY = 4.0  # the bound is this many times the largest difference seen
 # Rows that the pass could not measure; a row without a gradient is measured, and has none.
 BAD = (RowStatus.NONFINITE_LOSS, RowStatus.NONFINITE_GRAD, RowStatus.OOM_AT_1, RowStatus.WORKER_CRASH)
@@ -277,7 +278,8 @@ def measure_noise(
     Returns:
         Bounds: SAFETY times the largest difference, and never below 16 units of rounding of the arithmetic used.
     """
-    keys = stream.uniform([row.id for row in rows])
+    parts = [rows[start : start + DRAWN] for start in range(0, len(rows), DRAWN)]  # all ids at once would be held
+    keys = np.concatenate([np.zeros(0), *(stream.uniform([row.id for row in some]) for some in parts)])
     drawn = [rows[i] for i in np.argsort(keys, kind="stable")[:count]]
     floor = 16 * float(torch.finfo(run.engine.dtype).eps)
     loss = norm = cos = turned = 0.0
