@@ -32,7 +32,7 @@ class SourceConfig(Strict):
 
     Args:
         label: source label of a pool, or name of an anchor.
-        path: local file, or hub id (``org/name``, ``org/name:split``).
+        path: local file, URL (``s3://bucket/rows.parquet``), or hub id (``org/name``, ``org/name:split``).
     """
 
     label: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")

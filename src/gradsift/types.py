@@ -114,6 +114,11 @@ class TokenRow:
         return int(self.input_ids.size)
 
     @property
+    def top_id(self) -> int:
+        """Largest token id, -1 without tokens."""
+        return int(self.input_ids.max()) if self.input_ids.size else -1
+
+    @property
     def num_trained(self) -> int:
         """Tokens that carry loss: trained positions other than the first, which nothing predicts."""
         return int(self.trained[1:].sum())

@@ -195,7 +195,7 @@ def labelled(text: str, flag: str, *, named: bool = False) -> dict[str, str]:
         raise ConfigError(
             "an anchor needs a name", where=flag, got=text, expected="NAME=PATH", do=f"{flag} math={text}"
         )
-    stem = Path(text.split(":")[0]).name.split(".")[0]
+    stem = Path(text.split("://")[-1].split(":")[0]).name.split(".")[0]
     clean = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem).lstrip("_.-")
     return {"label": clean or "pool", "path": text}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
+from gradsift.data.tokens import TokenRows
 from gradsift.types import TokenRow
 
 if TYPE_CHECKING:
@@ -47,6 +48,21 @@ def plan_shards(tokens: Sequence[TokenRow], indices: Sequence[int], rows_per_sha
     """
     ordered = sorted(indices, key=lambda i: (tokens[i].num_tokens, tokens[i].id))
     return tuple(tuple(ordered[s : s + rows_per_shard]) for s in range(0, len(ordered), rows_per_shard))
+
+
+def plan_order(tokens: Sequence[TokenRow]) -> Int[np.ndarray, " N"]:
+    """Sort all rows as :func:`plan_shards` does; of rows that are not held, lengths and ids alone are looked at.
+
+    Args:
+        tokens: N rows.
+
+    Returns:
+        int64 [N] their indices; every ``rows_per_shard`` of them are a shard.
+    """
+    if isinstance(tokens, TokenRows):
+        return tokens.by_length()
+    (shard,) = plan_shards(tokens, range(len(tokens)), max(1, len(tokens))) or ((),)
+    return np.array(shard, dtype=np.int64)
 
 
 def plan_batches(

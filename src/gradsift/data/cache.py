@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from gradsift.errors import ConfigError, DiskFullError
 
 CHUNK = 1 << 22
+KEEP_SECONDS = 30 * 86400
 
 
 def cache_folder() -> Path:
@@ -55,6 +57,21 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def remove_old(folder: Path) -> None:
+    """Remove what is more than 30 days old.
+
+    Args:
+        folder: whose files and folders are looked at; whoever wants to keep one renews its date.
+    """
+    for entry in folder.iterdir():
+        if entry.stat().st_mtime >= time.time() - KEEP_SECONDS:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 @contextmanager

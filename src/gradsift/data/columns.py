@@ -31,8 +31,12 @@ def read_columns(pool: Pool, ids: Sequence[str], columns: Sequence[Column]) -> d
     """
     if not columns:
         return {}
-    raw = [_parse(pool.raw(pool.index[name])) for name in ids]
-    return {column.name: _read(column, ids, [row.get(column.name) for row in raw]) for column in columns}
+    values: dict[str, list[Any]] = {column.name: [] for column in columns}
+    for position in pool.index.find(ids).tolist():
+        row = _parse(pool.raw(position))
+        for name, some in values.items():
+            some.append(row.get(name))
+    return {column.name: _read(column, ids, values[column.name]) for column in columns}
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.data.pool import Pool
+import numpy as np
+
+from gradsift.data.pool import STATUSES, Pool
 from gradsift.data.tables import TableRows
 from gradsift.errors import DiskFullError
 from gradsift.manifest import write_json_atomic
@@ -51,13 +53,14 @@ def write_selected(pool: Pool, ids: Sequence[str], folder: Path) -> Exported:
     """
     if len(set(ids)) != len(ids):
         raise ValueError("write_selected: an id stands twice")
-    unknown = [i for i in ids if i not in pool.index]
-    if unknown:
-        raise ValueError(f"write_selected: unknown id {unknown[0]!r}")
-    positions = [pool.index[i] for i in ids]
-    unusable = [p for p in positions if not pool.rows[p].status.usable]
+    found = pool.index.find(ids)
+    if (found < 0).any():
+        raise ValueError(f"write_selected: unknown id {ids[int(np.argmin(found))]!r}")
+    positions = found.tolist()
+    unusable = [p for p in positions if not STATUSES[pool.columns.status[p]].usable]
     if unusable:
-        raise ValueError(f"write_selected: row {pool.rows[unusable[0]].id!r} is {pool.rows[unusable[0]].status}")
+        row = pool.row(unusable[0])
+        raise ValueError(f"write_selected: row {row.id!r} is {row.status}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "selected.jsonl"]
     _publish(paths[0], lambda temporary: _write_lines(pool, positions, temporary))
@@ -153,7 +156,6 @@ def _write_table(pool: Pool, parts: Sequence[TableRows], positions: Sequence[int
 
 def _gather(pool: Pool, parts: Sequence[TableRows], positions: Sequence[int]) -> pa.Table:
     """Take the rows out of each file and put them in the order given."""
-    import numpy as np
     import pyarrow as pa
 
     wanted = np.asarray(positions, dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "hub"]
@@ -20,17 +20,35 @@ class Parsed:
         value: the row's columns; None when there is a problem or the row is blank.
         problem: a sentence for a malformed row.
         blank: the line holds nothing but whitespace.
+        line: the row's JSON line where it is at hand; None where it would have to be written.
     """
 
     value: dict[str, Any] | None = None
     problem: str = ""
     blank: bool = False
+    line: bytes | None = None
 
 
 class RawRows(Protocol):
-    """The rows of one file."""
+    """The rows of one file; those of a large one are read again whenever they are asked for."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """About how many bytes the rows take."""
+        ...
+
+    def at(self, row: int) -> Parsed:
+        """Parse one row.
+
+        Args:
+            row: 0-based position in the file.
+
+        Returns:
+            What ``parsed`` gives at this place.
+        """
+        ...
 
     def line(self, row: int) -> bytes:
         """Return the JSON line of a row, without a newline.
@@ -63,6 +81,23 @@ class Lines:
     def __len__(self) -> int:
         return len(self.lines)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all lines."""
+        return sum(map(len, self.lines))
+
+    def at(self, row: int) -> Parsed:
+        """Parse one line.
+
+        Args:
+            row: 0-based position in the file.
+
+        Returns:
+            Its columns, or why there are none.
+        """
+        problem, line = self.problems.get(row), self.lines[row]
+        return Parsed(problem=problem, line=line) if problem else parse_line(line)
+
     def line(self, row: int) -> bytes:
         """Return the bytes of a row.
 
@@ -76,9 +111,7 @@ class Lines:
 
     def parsed(self) -> Iterator[Parsed]:
         """Parse every line, in order."""
-        for row, line in enumerate(self.lines):
-            problem = self.problems.get(row)
-            yield Parsed(problem=problem) if problem else parse_line(line)
+        return map(self.at, range(len(self.lines)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +147,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def parse_line(line: bytes) -> Parsed:
-    """Parse one JSON line strictly.
+    """Parse one JSON line strictly, and keep it beside its columns.
 
     Repeated keys at any depth, NUL bytes, invalid UTF-8, numbers too long to read and nesting beyond ``MAX_DEPTH`` are
     problems. NaN and Infinity are read; whether they may stay depends on the column.
@@ -125,6 +158,10 @@ def parse_line(line: bytes) -> Parsed:
     Returns:
         The columns, a problem, or blank.
     """
+    return replace(_parse(line), line=line)
+
+
+def _parse(line: bytes) -> Parsed:
     if b"\0" in line:
         return Parsed(problem="the line holds a NUL byte")
     try:

@@ -6,24 +6,31 @@ same id wherever they stand. Checks, first failing one wins: DUPLICATE, MALFORME
 
 from __future__ import annotations
 
-import hashlib
+from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, overload
+
+import numpy as np
+from jaxtyping import Int64, UInt8
 
 from gradsift.data import hub, tables
 from gradsift.data.formats import FORMATS, normalise
+from gradsift.data.ids import Clash, Ids, IdsBuilder
 from gradsift.data.lines import Kind, Opened, Parsed, RawRows, to_line
 from gradsift.data.readers import ARCHIVES, SUFFIXES, compressed, read_text_file
+from gradsift.data.remote import URL, local_copy
+from gradsift.data.spool import Remarks, Spool
 from gradsift.errors import DataError
 from gradsift.recipe import Format, SourceConfig
-from gradsift.types import Example, Row, RowStatus
+from gradsift.types import Example, Row, RowStatus, Shape
 
+STATUSES, SHAPES = tuple(RowStatus), get_args(Shape)  # columns hold their numbers
 # A missing file with one of these endings is a missing file: the hub is not asked about it.
 OTHER_FILES = (".txt", ".tsv", ".md", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".pkl", ".npy", ".npz", ".pt", ".bin")
 
@@ -52,34 +59,96 @@ class PoolFile:
     revision: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class PoolColumns:
+    """What is held of every row, 46 bytes in all; the row itself is read again when it is needed.
+
+    Args:
+        ids: id -> position.
+        first: int64 [N] position of the first exact copy, -1 for rows that are no later copy.
+        status: uint8 [N] number of the status in ``STATUSES``.
+        shape: uint8 [N] number of the example's shape in ``SHAPES``; 0 for rows without an example.
+        reasons: sentences for rows that are neither OK nor DUPLICATE.
+        fmt: the shape that was asked for, or auto.
+    """
+
+    ids: Ids
+    first: Int64[np.ndarray, " N"]
+    status: UInt8[np.ndarray, " N"]
+    shape: UInt8[np.ndarray, " N"]
+    reasons: Remarks
+    fmt: Format
+
+
+@dataclass(frozen=True, eq=False)
 class Pool:
     """All rows of all files, in input order.
 
     Args:
-        rows: N rows, files in the order given.
+        columns: what is held of every row.
         files: what was read from each source.
         parts: the rows of each file as they stand there, aligned with ``files``.
     """
 
-    rows: tuple[Row, ...]
+    columns: PoolColumns = field(repr=False)
     files: tuple[PoolFile, ...]
     parts: tuple[RawRows, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.columns.status)
+
+    @property
+    def rows(self) -> PoolRows:
+        """N rows, files in the order given, each read when it is asked for; walk them in order where possible."""
+        return PoolRows(self)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Position of each file's first row, and N at the end."""
         return tuple(accumulate((file.num_rows for file in self.files), initial=0))
 
+    @property
+    def index(self) -> Ids:
+        """Position of each id; walking it gives the ids in order."""
+        return self.columns.ids
+
+    @property
+    def first(self) -> Int64[np.ndarray, " N"]:
+        """int64 [N] position of a row's first exact copy, its own where it is no later copy."""
+        first = self.columns.first
+        return np.where(first < 0, np.arange(len(first)), first)
+
     @cached_property
-    def index(self) -> Mapping[str, int]:
-        """Position of each id."""
-        return {row.id: i for i, row in enumerate(self.rows)}
+    def copies(self) -> Mapping[str, str]:
+        """Id of every later exact copy -> id of the first one."""
+        first = self.columns.first
+        return {self.index.at(int(i)): self.index.at(int(first[i])) for i in np.flatnonzero(first >= 0)}
+
+    def labels(self) -> Iterator[str]:
+        """N source labels, one after the other."""
+        return chain.from_iterable(repeat(file.label, file.num_rows) for file in self.files)
+
+    def label(self, i: int) -> str:
+        """Give a row's source label.
+
+        Args:
+            i: position in the pool.
+
+        Returns:
+            The label of its file.
+        """
+        return self.files[self.file_of(i)].label
+
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        """Shapes of the rows that have an example."""
+        return frozenset(SHAPES[code - 1] for code in np.unique(self.columns.shape) if code)
 
     @cached_property
     def counts(self) -> Mapping[RowStatus, int]:
         """Rows per status; the values add up to N."""
-        return Counter(row.status for row in self.rows)
+        codes, at, counts = np.unique(self.columns.status, return_index=True, return_counts=True)
+        return Counter({STATUSES[codes[k]]: int(counts[k]) for k in np.argsort(at)})
 
     def file_of(self, i: int) -> int:
         """Find the file of a row.
@@ -93,8 +162,8 @@ class Pool:
         Raises:
             IndexError: there is no such row.
         """
-        if not 0 <= i < len(self.rows):
-            raise IndexError(f"row {i} of {len(self.rows)}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
         return bisect_right(self.starts, i) - 1
 
     def raw(self, i: int) -> bytes:
@@ -110,14 +179,132 @@ class Pool:
         part = self.file_of(i)
         return self.parts[part].line(i - self.starts[part])
 
+    def row(self, i: int, parsed: Parsed | None = None) -> Row:
+        """Give a row with its example.
+
+        Args:
+            i: position in the pool.
+            parsed: its columns where they are at hand.
+
+        Returns:
+            The row.
+        """
+        part, name = self.file_of(i), self.columns.ids.at(i)
+        file, first = self.files[part], int(self.columns.first[i])
+        status, example = STATUSES[self.columns.status[i]], None
+        if self.columns.shape[i]:
+            found = parsed or self.parts[part].at(i - self.starts[part])
+            assert found.value is not None
+            normal = normalise(found.value, self.columns.fmt)
+            assert normal.shape is not None
+            assert normal.fields is not None
+            example = Example(name, normal.shape, normal.fields)
+        copy_of = None if first < 0 else self.columns.ids.at(first)
+        return Row(name, file.label, file.path, i - self.starts[part], status, self.reason(i), example, copy_of)
+
+    def reason(self, i: int) -> str:
+        """Say why a row is not OK.
+
+        Args:
+            i: position in the pool.
+
+        Returns:
+            A sentence, empty for OK.
+        """
+        if self.columns.status[i] != STATUSES.index(RowStatus.DUPLICATE):
+            return self.columns.reasons[i]
+        first = int(self.columns.first[i])
+        owner = self.file_of(first)
+        return f"exact copy of row {first - self.starts[owner]} of {self.files[owner].path}"
+
+
+class PoolRows(Sequence[Row]):
+    """The rows of a pool, none of them held.
+
+    Args:
+        pool: whose rows.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Row]: ...
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
+        if isinstance(i, slice):
+            return [self._pool.row(k) for k in range(*i.indices(len(self)))]
+        return self._pool.row(i + len(self) if i < 0 else i)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Read every file once, in order."""
+        return chain.from_iterable(map(self.of_file, range(len(self._pool.files))))
+
+    def of_file(self, number: int) -> Iterator[Row]:
+        """Read the rows of one file, in order.
+
+        Args:
+            number: of the file.
+
+        Yields:
+            Its rows.
+        """
+        start = self._pool.starts[number]
+        for position, parsed in enumerate(self._pool.parts[number].parsed()):
+            yield self._pool.row(start + position, parsed)
+
 
 @dataclass(slots=True)
-class _Seen:
-    """Ids met so far: given ones, and hashes of rows without one."""
+class _Judged:
+    """What is known of a row before its copies are."""
 
-    given: dict[str, Row] = field(default_factory=dict)
-    hashed: dict[tuple[str, bool], Row] = field(default_factory=dict)
-    copies: Counter[str] = field(default_factory=Counter)
+    status: RowStatus = RowStatus.OK
+    reason: str = ""
+    given: str = ""
+    shape: Shape | None = None
+    format: str = ""
+
+
+class _Columns:
+    """Grows the columns row by row."""
+
+    def __init__(self) -> None:
+        self.status, self.shape, self.readable = bytearray(), bytearray(), bytearray()
+        self.ids, self.reasons, self.at = IdsBuilder(), Spool(), array("q")
+
+    def add(self, row: _Judged, parsed: Parsed, rows: RawRows, position: int) -> None:
+        """Add a row.
+
+        Rows with a given id need no line: an exact copy of one repeats the id, which is refused. Unreadable rows of CSV
+        files and tables have a stand-in for a line, which must not count as a copy of a readable row.
+        """
+        if row.reason:
+            self.reasons.append(row.reason.encode("utf-8", "surrogatepass"))
+            self.at.append(len(self.status))
+        self.status.append(STATUSES.index(row.status))
+        self.shape.append(0 if row.shape is None else SHAPES.index(row.shape) + 1)
+        self.readable.append(not parsed.problem)
+        if row.given:
+            self.ids.add_given(row.given)
+        elif parsed.line is not None:
+            self.ids.add_line(parsed.line)
+        else:  # a table's line is its value written out
+            self.ids.add_line(rows.line(position) if parsed.value is None else to_line(parsed.value))
+
+    def seal(self, fmt: Format, dedup: str) -> tuple[PoolColumns, Clash | None]:
+        """Find the copies."""
+        ids, first, clash = self.ids.seal(np.frombuffer(self.readable, dtype=np.bool_))
+        status, shape = (np.frombuffer(codes, dtype=np.uint8).copy() for codes in (self.status, self.shape))
+        copies = np.flatnonzero(first >= 0)
+        shape[copies] = shape[first[copies]]
+        if dedup == "drop":
+            status[copies] = STATUSES.index(RowStatus.DUPLICATE)
+        reasons = Remarks(np.frombuffer(self.at, dtype=np.int64), self.reasons.seal())
+        return PoolColumns(ids, first, status, shape, reasons, fmt), clash
 
 
 def read_pool(
@@ -136,41 +323,40 @@ def read_pool(
     Returns:
         Every row with one status of OK, DUPLICATE, MALFORMED or EMPTY.
     """
-    rows: list[Row] = []
+    columns = _Columns()
     files: list[PoolFile] = []
     parts: list[RawRows] = []
-    seen = _Seen()
     for source in sources:
         opened = open_source(source.path)
         shapes: Counter[str] = Counter()
         for position, parsed in enumerate(opened.rows.parsed()):
-            place = Row("", source.label, source.path, position, RowStatus.OK)
-            row, name = _judge(place, parsed, fmt)
-            shapes[name] += bool(name)
-            rows.append(_identify(row, parsed, opened, seen, dedup))
+            row = _judge(parsed, fmt)
+            shapes[row.format] += bool(row.format)
+            columns.add(row, parsed, opened.rows, position)
         counted = {name: shapes[name] for name in FORMATS if shapes[name]}
         files.append(
             PoolFile(source.label, source.path, opened.kind, opened.sha256, len(opened.rows), counted, opened.revision)
         )
         parts.append(opened.rows)
-    _refuse_collisions(rows, seen)
-    return Pool(tuple(rows), tuple(files), tuple(parts))
+    found, clash = columns.seal(fmt, dedup)
+    pool = Pool(found, tuple(files), tuple(parts))
+    if clash is not None:
+        raise _repeated(pool, clash)
+    return pool
 
 
-def _judge(place: Row, parsed: Parsed, fmt: Format) -> tuple[Row, str]:
+def _judge(parsed: Parsed, fmt: Format) -> _Judged:
     """Give a row its status and its given id, if any; also name its shape."""
     if parsed.blank:
-        return replace(place, status=RowStatus.EMPTY, reason="the line is blank"), ""
+        return _Judged(RowStatus.EMPTY, "the line is blank")
     if parsed.value is None:
-        return replace(place, status=RowStatus.MALFORMED, reason=parsed.problem), ""
+        return _Judged(RowStatus.MALFORMED, parsed.problem)
     given, problem = _given_id(parsed.value)
     found = normalise(parsed.value, fmt)
     if problem:
-        return replace(place, status=RowStatus.MALFORMED, reason=problem), found.format
-    place = replace(place, id=given, status=found.status, reason=found.reason)
-    if found.shape is None or found.fields is None:
-        return place, found.format
-    return replace(place, example=Example(given, found.shape, found.fields)), found.format
+        return _Judged(RowStatus.MALFORMED, problem, format=found.format)
+    shape = found.shape if found.fields is not None else None
+    return _Judged(found.status, found.reason, given, shape, found.format)
 
 
 def _given_id(value: Mapping[str, Any]) -> tuple[str, str]:
@@ -190,48 +376,15 @@ def _given_id(value: Mapping[str, Any]) -> tuple[str, str]:
     return given, ""
 
 
-def _identify(row: Row, parsed: Parsed, opened: Opened, seen: _Seen, dedup: str) -> Row:
-    """Give the row its id and mark it when it is a later exact copy.
-
-    Rows with a given id need no hash: an exact copy of one repeats the id, which is refused. Unreadable rows of CSV
-    files and tables have a stand-in for a line, which must not count as a copy of a readable row.
-    """
-    if row.id:
-        if row.id in seen.given:
-            raise _repeated(row, seen.given[row.id], "an id is given twice")
-        seen.given[row.id] = row
-        return row
-    readable = not parsed.problem
-    # A table's line is its value written out: writing the one at hand spares converting the row a second time.
-    in_table = isinstance(opened.rows, tables.TableRows) and parsed.value is not None
-    line = to_line(parsed.value) if in_table else opened.rows.line(row.row)
-    digest = hashlib.blake2b(line, digest_size=16).hexdigest()
-    seen.copies[digest] += 1
-    name = digest if seen.copies[digest] == 1 else f"{digest}-{seen.copies[digest]}"
-    first = seen.hashed.get((digest, readable))
-    if first is None:
-        row = replace(row, id=name, example=row.example and replace(row.example, id=name))
-        seen.hashed[digest, readable] = row
-        return row
-    example = first.example and replace(first.example, id=name)  # copies share the columns of the first
-    row = replace(row, id=name, example=example, copy_of=first.id)
-    if dedup == "keep":
-        return row
-    return replace(row, status=RowStatus.DUPLICATE, reason=f"exact copy of row {first.row} of {first.file}")
-
-
-def _refuse_collisions(rows: Sequence[Row], seen: _Seen) -> None:
-    for row in rows:
-        other = seen.given.get(row.id)
-        if other is not None and other is not row:
-            raise _repeated(row, other, "a given id equals a generated one")
-
-
-def _repeated(row: Row, other: Row, what: str) -> DataError:
+def _repeated(pool: Pool, clash: Clash) -> DataError:
+    places = []
+    for i in (clash.other, clash.row):
+        part = pool.file_of(i)
+        places.append(f"row {i - pool.starts[part]} of {pool.files[part].path}")
     return DataError(
-        what,
-        where=f"row {other.row} of {other.file} and row {row.row} of {row.file} (counted from 0)",
-        got=repr(row.id)[:200],
+        "an id is given twice" if clash.given else "a given id equals a generated one",
+        where=f"{places[0]} and {places[1]} (counted from 0)",
+        got=repr(pool.index.at(clash.row))[:200],
         expected="ids that are unique in the whole pool",
         do="rename one of them, or drop the id column and let gradsift hash the rows",
     )
@@ -246,10 +399,11 @@ def require_usable(pool: Pool) -> None:
     Raises:
         DataError: no row is OK; the counts and the first few reasons are in the message.
     """
-    if any(row.status.usable for row in pool.rows):
+    if any(status.usable for status in pool.counts):
         return
     counts = ", ".join(f"{count} {status}" for status, count in pool.counts.items()) or "0 rows"
-    reasons = list(dict.fromkeys(row.reason for row in pool.rows if row.status is not RowStatus.DUPLICATE))[:3]
+    own = np.flatnonzero(pool.columns.status != STATUSES.index(RowStatus.DUPLICATE))
+    reasons = list(islice(dict.fromkeys(pool.columns.reasons[int(i)] for i in own), 3))
     raise DataError(
         "no row of the pool can be used",
         where=", ".join(file.path for file in pool.files),
@@ -260,10 +414,10 @@ def require_usable(pool: Pool) -> None:
 
 
 def open_source(source: str) -> Opened:
-    """Open a local file, a ``save_to_disk`` folder or a hub id.
+    """Open a local file, a ``save_to_disk`` folder, a URL or a hub id.
 
     Args:
-        source: path or hub id as given.
+        source: path, URL or hub id as given.
 
     Returns:
         The file's rows.
@@ -271,6 +425,8 @@ def open_source(source: str) -> Opened:
     Raises:
         DataError: there is no such file, its kind is not known, or it cannot be read.
     """
+    if URL.fullmatch(source):
+        return _open_url(source)
     path = Path(source)
     suffix = path.suffix.lower()
     try:
@@ -290,6 +446,14 @@ def open_source(source: str) -> Opened:
         expected=f"a file ({', '.join(SUFFIXES)}) or a hub id (org/name, org/name:split)",
         do="check the path",
     )
+
+
+def _open_url(url: str) -> Opened:
+    path = local_copy(url)
+    try:
+        return open_source(str(path))
+    except DataError as error:  # a person knows the URL, not the copy
+        raise DataError(error.what, where=url, got=error.got, expected=error.expected, do=error.do) from None
 
 
 def _open_folder(path: Path) -> Opened:

@@ -1,4 +1,4 @@
-"""JSON Lines, JSON and CSV files to rows, each kept as the bytes of its JSON line.
+"""JSON Lines, JSON and CSV files to rows; each has a JSON line, which stays in its file or is kept.
 
 A bad row is a row with a reason; only a file that cannot be read as a whole raises.
 """
@@ -11,10 +11,15 @@ import io
 import json
 import re
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+from gradsift.data.line_file import LineFile, refuse_other, stamp_of
 from gradsift.data.lines import Kind, Lines, Opened, to_line
+from gradsift.data.spool import BLOCK
 from gradsift.errors import DataError
 
 SUFFIXES: dict[str, Kind] = {
@@ -80,17 +85,21 @@ def compressed(path: Path | str) -> DataError:
 
 
 def _read_jsonl(path: Path) -> Opened:
-    digest, lines = hashlib.sha256(), []
-    with path.open("rb") as file:
+    """Note where the lines begin; the lines themselves are read again when they are needed."""
+    digest, starts, offset = hashlib.sha256(), array("q"), 0
+    with path.open("rb", buffering=BLOCK) as file:
+        stamp = stamp_of(file.fileno())
         for line in file:  # a binary file splits at b"\n" alone, so a raw U+2028 or \r stays inside its row
             digest.update(line)
-            if not lines:
+            mark = 0
+            if not offset:
                 _check_start(path, line[:8])
-                if line == UTF8_MARK:  # the whole file is a mark
-                    break
-                line = line.removeprefix(UTF8_MARK)
-            lines.append(line.removesuffix(b"\n"))
-    return Opened("jsonl", digest.hexdigest(), Lines(lines))
+                mark = len(UTF8_MARK) if line.startswith(UTF8_MARK) else 0
+            if line != UTF8_MARK or offset:  # otherwise the whole file is a mark
+                starts.append(offset + mark)
+            offset += len(line)
+        refuse_other(path, stamp, stamp_of(file.fileno()), offset)
+    return Opened("jsonl", digest.hexdigest(), LineFile(path, np.frombuffer(starts, np.int64), stamp))
 
 
 _OUTSIDE_STRINGS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')

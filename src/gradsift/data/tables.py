@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradsift.data import spool
+from gradsift.data.cache import disk_errors
 from gradsift.data.lines import MAX_DEPTH, Kind, Opened, Parsed, parse_line, to_line, too_deep
+from gradsift.data.spool import BLOCK
 from gradsift.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 1024
+SPOOL_ROWS = 8192  # rows that are decoded at a time
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -31,13 +37,20 @@ class TableRows:
     """Rows of one Arrow table, turned into JSON only when asked.
 
     Args:
-        table: the whole file.
+        table: the whole file; its columns lie in ``mapping`` where there is one.
+        mapping: the file they are mapped from; pages that a walk has touched are given back.
     """
 
     table: pa.Table
+    mapping: mmap.mmap | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the columns."""
+        return self.table.nbytes
 
     def line(self, row: int) -> bytes:
         """Write one row as JSON.
@@ -51,13 +64,34 @@ class TableRows:
         value, _ = _convert(self.table.slice(row, 1))[0]
         return to_line(value)
 
+    def at(self, row: int) -> Parsed:
+        """Convert one row.
+
+        Args:
+            row: 0-based position in the file.
+
+        Returns:
+            Its columns, or why there are none.
+        """
+        return _judged(*_convert(self.table.slice(row, 1))[0])
+
     def parsed(self) -> Iterator[Parsed]:
         """Convert the table in batches and give its rows in order."""
         for start in range(0, self.table.num_rows, BATCH_ROWS):
             for value, problem in _convert(self.table.slice(start, BATCH_ROWS)):
-                if not problem and too_deep(value):
-                    problem = f"the row is nested deeper than {MAX_DEPTH} levels"
-                yield Parsed(problem=problem) if problem else Parsed(value)
+                yield _judged(value, problem)
+            self.release()
+
+    def release(self) -> None:
+        """Give back the memory of mapped pages; they are read again when they are touched."""
+        if self.mapping is not None:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _judged(value: dict[str, Any], problem: str) -> Parsed:
+    if not problem and too_deep(value):
+        problem = f"the row is nested deeper than {MAX_DEPTH} levels"
+    return Parsed(problem=problem) if problem else Parsed(value)
 
 
 def _convert(table: pa.Table) -> list[tuple[dict[str, Any], str]]:
@@ -194,7 +228,7 @@ def read_table_file(path: Path, kind: Kind) -> Opened:
     parts = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
     try:
         load = _load_folder if path.is_dir() else _load_parquet if kind == "parquet" else _load_arrow
-        table = load(path)
+        rows = load(path)
         digest = digest_files(parts)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -204,29 +238,44 @@ def read_table_file(path: Path, kind: Kind) -> Opened:
             expected=f"a complete {kind} file",
             do="write or download the file again",
         ) from None
-    return Opened(kind, digest, TableRows(_checked(table, str(path))))
+    _refuse_repeated(rows.table, str(path))
+    return Opened(kind, digest, rows)
 
 
-def _load_parquet(path: Path) -> pa.Table:
+def _load_parquet(path: Path) -> TableRows:
+    """Decode a small file; write a large one out as an Arrow stream, batch by batch, and map that."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     # ParquetFile, not read_table: the latter invents columns out of folder names such as year=2020.
-    with pq.ParquetFile(path) as file:
-        return file.read()
+    with pq.ParquetFile(path, buffer_size=BLOCK) as file:
+        if sum(file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups)) <= spool.IN_MEMORY:
+            return TableRows(file.read())
+        body = spool.nameless_file()
+        sink = os.fdopen(os.dup(body.descriptor), "wb")
+        with disk_errors(path), sink, pa.ipc.new_stream(sink, file.schema_arrow) as writer:
+            for batch in file.iter_batches(SPOOL_ROWS, use_threads=False):
+                writer.write_batch(batch)
+    return _mapped(body.descriptor)
 
 
-def _load_arrow(path: Path) -> pa.Table:
+def _load_arrow(path: Path) -> TableRows:
+    with path.open("rb") as file:
+        return _mapped(file.fileno())
+
+
+def _mapped(descriptor: int) -> TableRows:
+    """Map an Arrow file or stream; the mapping outlives the descriptor."""
     import pyarrow as pa
 
-    source = pa.memory_map(str(path))
-    if path.stat().st_size >= 6 and source.read(6) == b"ARROW1":
-        source.seek(0)
-        return pa.ipc.open_file(source).read_all()
-    source.seek(0)
-    return pa.ipc.open_stream(source).read_all()
+    mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    source = pa.BufferReader(pa.py_buffer(mapping))
+    is_file = mapping[:6] == b"ARROW1"
+    table = pa.ipc.open_file(source).read_all() if is_file else pa.ipc.open_stream(source).read_all()
+    return TableRows(table, mapping)
 
 
-def _load_folder(path: Path) -> pa.Table:
+def _load_folder(path: Path) -> TableRows:
     import datasets
 
     if (path / "dataset_dict.json").is_file():
@@ -238,26 +287,25 @@ def _load_folder(path: Path) -> pa.Table:
             expected="one split",
             do=f"pass one of its folders, such as {path / splits.split(', ')[0]}",
         )
-    return datasets.load_from_disk(str(path)).with_format("arrow")[:]
+    return TableRows(datasets.load_from_disk(str(path)).with_format("arrow")[:])
 
 
-def _checked(table: pa.Table, where: str) -> pa.Table:
+def _refuse_repeated(table: pa.Table, where: str) -> None:
     if repeated := _repeated_name(table.schema):
         raise DataError(
             "two columns have the same name", where=where, got=repr(repeated), do="rename or drop one of them"
         )
-    return table
 
 
 def _repeated_name(fields: Any) -> str | None:
     """Find a repeated field name in a schema or struct, at any depth."""
     import pyarrow.types as pt
 
-    names = [field.name for field in fields]
-    for i, field in enumerate(fields):
-        if field.name in names[:i]:
-            return field.name
-        kind = field.type
+    names = [one.name for one in fields]
+    for i, one in enumerate(fields):
+        if one.name in names[:i]:
+            return one.name
+        kind = one.type
         while pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
             kind = kind.value_type
         if pt.is_struct(kind) and (found := _repeated_name([kind.field(j) for j in range(kind.num_fields)])):

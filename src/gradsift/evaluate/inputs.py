@@ -111,7 +111,7 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     pools: list[tuple[Role, str, Pool]] = [
         (role, s.label, read_pool([s], fmt=config.data.format, dedup=config.data.dedup)) for role, s in wanted
     ]
-    shapes: set[Shape] = {row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None}
+    shapes: set[Shape] = {shape for _, _, pool in pools for shape in pool.shapes}
     rule = mask_rule(tokenizer, config.data.loss_on, shapes)
     sets, status, notes = [], {}, []
     for role, label, pool in pools:

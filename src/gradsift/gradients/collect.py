@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gradsift.data.batches import collate, plan_batches
+from gradsift.data.tokens import content_of
 from gradsift.errors import ConfigError, NumericsError
 from gradsift.gradients import calls
 from gradsift.gradients.embed import content_order, reorder, unit_distance
@@ -23,10 +24,10 @@ from gradsift.gradients.measured import Forwarded
 from gradsift.gradients.taps import NO_EXTRAS, Extras, Taps, alone_row, empty_extras, hidden_name, stack_masks
 from gradsift.seeds import Stream
 from gradsift.store.shards import ShardResult
-from gradsift.store.spec import content_hash
 from gradsift.types import Noise, RowStatus, TokenRow
 
 CODE_VERSION = "gradients-1"
+DRAWN = 1 << 14  # rows whose ids are hashed at a time
 SAFETY = 4.0  # the bound is this many times the largest difference seen
 # Rows that the pass could not measure; a row without a gradient is measured, and has none.
 BAD = (RowStatus.NONFINITE_LOSS, RowStatus.NONFINITE_GRAD, RowStatus.OOM_AT_1, RowStatus.WORKER_CRASH)
@@ -119,7 +120,7 @@ def _result(
 
     return ShardResult(
         ids=tuple(row.id for row in rows),
-        content_hashes=tuple(content_hash(row.input_ids, row.trained) for row in rows),
+        content_hashes=tuple(content_of(row) for row in rows),
         status=tuple(status for status, _ in statuses),
         reason=tuple(reason for _, reason in statuses),
         num_tokens=np.array([row.num_tokens for row in rows]),
@@ -286,7 +287,8 @@ def measure_noise(
     Returns:
         Bounds: SAFETY times the largest difference, and never below 16 units of rounding of the arithmetic used.
     """
-    keys = stream.uniform([row.id for row in rows])
+    parts = [rows[start : start + DRAWN] for start in range(0, len(rows), DRAWN)]  # all ids at once would be held
+    keys = np.concatenate([np.zeros(0), *(stream.uniform([row.id for row in some]) for some in parts)])
     drawn = [rows[i] for i in np.argsort(keys, kind="stable")[:count]]
     floor = 16 * float(torch.finfo(run.engine.dtype).eps)
     loss = norm = cos = turned = 0.0

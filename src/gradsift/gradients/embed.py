@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsift.store.spec import content_hash
+from gradsift.data.tokens import content_of
 from gradsift.types import TokenRow
 
 
@@ -44,7 +44,7 @@ def content_order(rows: Sequence[TokenRow]) -> tuple[str, ...]:
     Returns:
         n row ids by (content hash, id).
     """
-    return tuple(row.id for row in sorted(rows, key=lambda row: (content_hash(row.input_ids, row.trained), row.id)))
+    return tuple(row.id for row in sorted(rows, key=lambda row: (content_of(row), row.id)))
 
 
 def reorder(embeddings: Float[np.ndarray, "n d"], have: Sequence[str], want: Sequence[str]) -> Float[np.ndarray, "n d"]:

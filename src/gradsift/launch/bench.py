@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gradsift.data.batches import plan_shards
+from gradsift.data.batches import plan_order
+from gradsift.data.tokens import content_of
 from gradsift.errors import LaunchError
 from gradsift.launch.flight import (
     Fall,
@@ -25,7 +26,7 @@ from gradsift.launch.flight import (
     why_condemned,
 )
 from gradsift.store.shards import ShardResult, unit_name
-from gradsift.store.spec import GradientSpec, content_hash
+from gradsift.store.spec import GradientSpec
 from gradsift.store.writer import SignalWriter
 from gradsift.types import TokenRow
 
@@ -71,7 +72,7 @@ class Unit:
         places = [p for p in range(len(self.rows) + len(gone)) if p not in gone]
         left = set(places) - {places[k] for k in keep}
         rows = tuple(self.rows[k] for k in keep)
-        hashes = tuple(content_hash(row.input_ids, row.trained) for row in rows)
+        hashes = tuple(content_of(row) for row in rows)
         return Unit(unit_name(tuple(row.id for row in rows), hashes), self.shard, rows, tuple(sorted(gone | left)))
 
 
@@ -108,7 +109,7 @@ class Bench:
 
     def contents(self) -> dict[str, str]:
         """Give every row's content hash by its id."""
-        return {row.id: content_hash(row.input_ids, row.trained) for row in self.rows}
+        return {row.id: content_of(row) for row in self.rows}
 
     def plan(self, writer: SignalWriter) -> Iterator[Unit]:
         """Cut what is not committed into units, in the order of the plan.
@@ -119,9 +120,10 @@ class Bench:
         Yields:
             Units; a shard that is committed in full gives none.
         """
-        for number, shard in enumerate(self._shards()):
-            some = [self.rows[i] for i in shard]
-            hashes = [content_hash(row.input_ids, row.trained) for row in some]
+        order = plan_order(self.rows)
+        for number, start in enumerate(range(0, len(order), self.rows_per_shard)):
+            some = [self.rows[int(i)] for i in order[start : start + self.rows_per_shard]]
+            hashes = [content_of(row) for row in some]
             left = writer.missing([row.id for row in some], hashes)
             if left.size:
                 keep = set(left.tolist())
@@ -136,10 +138,10 @@ class Bench:
         Returns:
             The units; their keys differ from rank 0's where the rows differ.
         """
-        shards, units = self._shards(), []
+        order, units, num = plan_order(self.rows), [], self.rows_per_shard
         for number, skipped in given:
-            some = [self.rows[i] for i in shards[number]] if number < len(shards) else []
-            hashes = [content_hash(row.input_ids, row.trained) for row in some]
+            some = [self.rows[int(i)] for i in order[number * num : (number + 1) * num]]
+            hashes = [content_of(row) for row in some]
             units.append(self._unit(number, some, hashes, tuple(skipped)))
         return units
 
@@ -188,9 +190,6 @@ class Bench:
             )  # fmt: skip
         rest = [k for k in range(len(unit.rows)) if k not in set(bad)]
         return self.lost(rows, why), unit.take(rest) if rest else None
-
-    def _shards(self) -> tuple[tuple[int, ...], ...]:
-        return plan_shards(self.rows, range(len(self.rows)), self.rows_per_shard)
 
     @staticmethod
     def _unit(number: int, some: Sequence[TokenRow], hashes: Sequence[str], skipped: tuple[int, ...]) -> Unit:
@@ -249,7 +248,7 @@ class Inline:
             writer: the open writer of the store.
             after: called after every commit; raises to stop the run.
         """
-        falls = gather(bench.folder, set(writer.committed_ids()))
+        falls = gather(bench.folder, writer.committed_ids().keys())
         later: list[Unit] = []
         for planned in bench.plan(writer):
             lost, unit = bench.set_aside(planned, falls)

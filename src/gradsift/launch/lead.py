@@ -114,7 +114,7 @@ class Lead:
         """
         if bench.flight is not None:
             bench.flight.rename(self._heart.note.name)
-        work = _Work(bench, writer, gather(bench.folder, set(writer.committed_ids())))
+        work = _Work(bench, writer, gather(bench.folder, writer.committed_ids().keys()))
         for unit in sorted(bench.plan(writer), key=lambda unit: is_suspect(unit, work.falls)):
             lost, rest = bench.set_aside(unit, work.falls)
             self._part(work, lost, rest)

@@ -28,13 +28,14 @@ def audit_table(prepared: Prepared, measured: Measurement | None, selection: Sel
     Returns:
         A table with the columns of ``audit.parquet``.
     """
-    pool, tokens = prepared.pool.pool.rows, prepared.pool.tokens
-    first = [row.copy_of or row.id for row in pool]
+    pool, tokens = prepared.pool.pool, prepared.pool.tokens
+    ids, files = list(pool.index), pool.files
+    first = [ids[i] for i in pool.first.tolist()]
     place = {row: i for i, row in enumerate(selection.problem_ids)}
     order = {row: i for i, row in enumerate(selection.ids)}
     weight = dict(zip(selection.ids, selection.weights.tolist(), strict=True))
     status, reason = _statuses(prepared, measured, first)
-    at = [place.get(row.id) for row in pool]
+    at = [place.get(row) for row in ids]
     del place  # at a million rows it would stay beside everything below
 
     def chosen(values: Sequence[Any], kind: pa.DataType, missing: Any = None) -> pa.Array:
@@ -44,10 +45,10 @@ def audit_table(prepared: Prepared, measured: Measurement | None, selection: Sel
     reasons = [reason[n] if i is None else selection.reason[i] for n, i in enumerate(at)]
     codes = [f"unusable:{status[n].lower()}" if i is None else selection.reason_code[i] for n, i in enumerate(at)]
     columns: dict[str, pa.Array] = {
-        "id": pa.array([row.id for row in pool], pa.string()),
-        "source": pa.array([row.source for row in pool], pa.string()),
-        "file": pa.array([row.file for row in pool], pa.string()),
-        "row": pa.array([row.row for row in pool], pa.int64()),
+        "id": pa.array(ids, pa.string()),
+        "source": pa.array(pool.labels(), pa.string()),
+        "file": pa.array([file.path for file in files for _ in range(file.num_rows)], pa.string()),
+        "row": pa.array([i for file in files for i in range(file.num_rows)], pa.int64()),
         "status": pa.array(status, pa.string()),
         "num_tokens": pa.array([row.num_tokens for row in tokens], pa.int32()),
         "num_trained": pa.array([row.num_trained for row in tokens], pa.int32()),
@@ -55,9 +56,9 @@ def audit_table(prepared: Prepared, measured: Measurement | None, selection: Sel
         "score": chosen(selection.score.tolist(), pa.float64()),
         "rank": chosen([None if r < 0 else r for r in selection.rank.tolist()], pa.int32()),
         "cluster": chosen([None if c < 0 else c for c in selection.cluster.tolist()], pa.int32()),
-        "selected": pa.array([row.id in order for row in pool], pa.bool_()),
-        "order": pa.array([order.get(row.id) for row in pool], pa.int32()),
-        "weight": pa.array([weight.get(row.id) for row in pool], pa.float32()),
+        "selected": pa.array([row in order for row in ids], pa.bool_()),
+        "order": pa.array([order.get(row) for row in ids], pa.int32()),
+        "weight": pa.array([weight.get(row) for row in ids], pa.float32()),
         "reason_code": pa.array(codes, pa.string()),
         "reason": pa.array(reasons, pa.string()),
     }

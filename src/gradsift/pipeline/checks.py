@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.data.show import segments
+from gradsift.data.tokens import among
 from gradsift.geometry.batch import batch_conflict
 from gradsift.geometry.rows import part_of, row_sum
 from gradsift.pipeline.measure import Measurement
@@ -119,7 +120,8 @@ def example_rows(
     dropped = [i for i in ranked if problem.ids[i] not in chosen]
     half = NUM_SHOWN // 2
     dropped = dropped if len(dropped) <= NUM_SHOWN else dropped[:half] + dropped[-half:]
-    tokens = {row.id: row for row in prepared.pool.tokens}
+    shown = {problem.ids[i] for i in (*kept, *dropped)}
+    tokens = {row.id: row for row in among(prepared.pool.tokens, shown)}
     cosines = problem.anchor_cos
     out = []
     for i in [*kept, *dropped]:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradsift.data.tokens import places
 from gradsift.errors import DataError
 from gradsift.gradients.taps import refuse_layers
 
@@ -51,8 +52,9 @@ def _check_rows(prepared: Prepared) -> None:
     needs, name = prepared.method.needs, prepared.method.name
     if not needs.least_rows:
         return
-    label = {row.id: row.source for row in prepared.pool.pool.rows}
-    counts = Counter(label[row.id] if needs.each_label else "pool" for row in prepared.pool.usable)
+    pool = prepared.pool.pool
+    where = places(pool, prepared.pool.usable)
+    counts = Counter(pool.label(int(i)) if needs.each_label else "pool" for i in where)
     for what, count in sorted(counts.items()):
         if count < needs.least_rows:
             raise DataError(

@@ -14,9 +14,10 @@ from torch import nn
 from gradsift.data.columns import read_columns
 from gradsift.data.ngrams import importance_weights
 from gradsift.data.prompts import prompt_and_response, prompt_mask
-from gradsift.data.show import plain_text
-from gradsift.data.tokenize import tokenize_rows
+from gradsift.data.token_cache import tokenize_pool
+from gradsift.data.tokens import places, texts_of
 from gradsift.gradients.taps import Extras, find_layers, hidden_name, refuse_layers, start_token
+from gradsift.models.load import tokenizer_sha256
 from gradsift.store.spec import kept_specs
 from gradsift.types import TokenRow
 
@@ -67,7 +68,7 @@ def wanted_extras(prepared: Prepared, model: nn.Module, out: Path) -> Extras:
     return Extras("prompt_loss" in names, "alone_loss" in names, layers, start)
 
 
-def told_apart(prepared: Prepared, extras: Extras, rows: tuple[TokenRow, ...]) -> tuple[Prepared, tuple[TokenRow, ...]]:
+def told_apart(prepared: Prepared, extras: Extras, rows: Sequence[TokenRow]) -> tuple[Prepared, Sequence[TokenRow]]:
     """Tell words from the template where the store holds prompt losses and the method did not ask for them.
 
     Args:
@@ -81,12 +82,16 @@ def told_apart(prepared: Prepared, extras: Extras, rows: tuple[TokenRow, ...]) -
     if not extras.prompt or reads_prompts(prepared.method.needs):
         return prepared, rows
     length = prepared.recipe.data.max_length
-    tokens = tokenize_rows(
-        prepared.pool.pool.rows, prepared.tokenizer, prepared.rule, max_length=length, find_template=True
+    tokens = tokenize_pool(
+        prepared.pool.pool,
+        prepared.tokenizer,
+        prepared.rule,
+        max_length=length,
+        tokenizer_key=lambda: tokenizer_sha256(prepared.tokenizer),
+        find_template=True,
     )
-    wanted = {row.id for row in rows}
     told = dataclasses.replace(prepared, pool=dataclasses.replace(prepared.pool, tokens=tokens))
-    return told, tuple(row for row in tokens if row.id in wanted)
+    return told, tokens.take(np.sort(places(prepared.pool.pool, rows)))
 
 
 def extra_fields(
@@ -123,14 +128,13 @@ def text_fields(prepared: Prepared, rows: Sequence[TokenRow]) -> dict[str, Any]:
         Fields of the problem.
     """
     needs, ids = prepared.method.needs, [row.id for row in rows]
-    pool = {row.id: row for row in prepared.pool.pool.rows}
-    fields: dict[str, Any] = {"external": read_columns(prepared.pool.pool, ids, needs.columns)}
+    pool = prepared.pool.pool
+    fields: dict[str, Any] = {"external": read_columns(pool, ids, needs.columns)}
     if reads_prompts(needs):
         fields["num_prompt"] = np.array([int(prompt_mask(row).sum()) for row in rows], dtype=np.int64)
     if needs.texts:
-        fields["texts"] = tuple(prompt_and_response(pool[name]) for name in ids)
+        fields["texts"] = tuple(prompt_and_response(pool.row(int(i))) for i in places(pool, rows))
     if "importance" in needs.signals and prepared.target is not None:
-        target = {row.id: row for row in prepared.target.pool.rows}
-        texts = [plain_text(pool[name]) for name in ids]
-        fields["importance"] = importance_weights(texts, [plain_text(target[row.id]) for row in prepared.target.usable])
+        wanted = texts_of(prepared.target.pool, prepared.target.usable)
+        fields["importance"] = importance_weights(texts_of(pool, rows), wanted)
     return fields

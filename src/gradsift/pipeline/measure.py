@@ -6,12 +6,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
+from gradsift.data.tokens import TokenRows, among
 from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.geometry.anchors import split_half
 from gradsift.geometry.checkpoints import Warmup
@@ -110,7 +112,7 @@ class Measurement:
     launch: Mapping[str, Any] | None = None
 
 
-def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
+def measured_rows(prepared: Prepared) -> Sequence[TokenRow]:
     """Give the pool rows that are measured: usable ones, the first of each set of exact copies.
 
     Args:
@@ -119,8 +121,10 @@ def measured_rows(prepared: Prepared) -> tuple[TokenRow, ...]:
     Returns:
         Token rows in input order.
     """
-    copies = {row.id for row in prepared.pool.pool.rows if row.copy_of is not None}
-    return tuple(row for row in prepared.pool.usable if row.id not in copies)
+    first, index, rows = prepared.pool.pool.columns.first, prepared.pool.pool.index, prepared.pool.usable
+    if isinstance(rows, TokenRows):
+        return rows.take(rows.at[first[rows.at] < 0])
+    return tuple(row for row in rows if first[index[row.id]] < 0)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Part:
 
 
 WHOLE = Part()
+LOOKED_UP = 1 << 14  # rows that the store is asked about at a time
 
 
 def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *, part: Part = WHOLE) -> Measurement:
@@ -185,7 +190,8 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
     prepared, rows = told_apart(prepared, extras, rows)
-    rows = rows if part.ids is None else tuple(row for row in rows if row.id in part.ids)
+    if part.ids is not None:
+        rows = among(rows, part.ids)
     more = (*(["embedding"] if embeds else []), *extras.names, *(engine.edge_norms if gradients else ()))
     spec = spec_of(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
     spec = spec if at is None else spec_at(spec, at)
@@ -294,12 +300,11 @@ def _check_fit(prepared: Prepared, navigator: Navigator) -> None:
     longest = getattr(navigator.model.config, "max_position_embeddings", None)
     for source in (prepared.pool, *prepared.directions):
         for row in source.usable:
-            top = int(row.input_ids.max())
-            if top >= table:
+            if row.top_id >= table:
                 raise ModelError(
                     "the tokenizer makes ids that the model has no embedding for",
                     where=f"row {row.id} of {source.name}",
-                    got=f"id {top}",
+                    got=f"id {row.top_id}",
                     expected=f"below {table}",
                     do="use the tokenizer that belongs to the model; gradsift doctor checks this",
                 )
@@ -400,12 +405,18 @@ def _collect(
     with open_writer(folder, spec, made_by=made_by) as writer, run.engine:
         _adopt_left(bench, writer, clock)
         done = _committed(prepared, writer, folder)
-        todo = sum(row.num_tokens for row in rows if row.id not in done)
-        if done:
-            clock.progress.say(f"resuming: {len(done)} of {len(rows)} rows were measured before")
+        index = prepared.pool.pool.index
+        todo, left, some = 0, 0, []
+        for row in rows:
+            if not done[index[row.id]]:
+                todo, left = todo + row.num_tokens, left + 1
+                some += [row.id] if left <= recipe.collect.rows_per_shard else []
+        if done.any():
+            clock.progress.say(f"resuming: {int(done.sum())} of {len(rows)} rows were measured before")
         if recipe.collect.check_disk:
-            left = [row.id for row in rows if row.id not in done]
-            refuse_if_it_does_not_fit(folder, spec, left, recipe.collect.rows_per_shard, widths=_widths(run, spec))
+            refuse_if_it_does_not_fit(
+                folder, spec, some, recipe.collect.rows_per_shard, num_rows=left, widths=_widths(run, spec)
+            )
         with clock.stage("collect", todo):
 
             def after() -> None:
@@ -442,12 +453,15 @@ def _widths(run: Pass, spec: GradientSpec) -> dict[str, int]:
     return {name: size for name in spec.signals if name == "embedding" or name.startswith("hidden_")}
 
 
-def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> set[str]:
-    """Give the ids of the pool's rows that are committed; refuse where more is committed than the pool holds."""
-    ids = [row.id for row in prepared.pool.tokens]
-    done = {row for row, content in zip(ids, writer.contents(ids), strict=True) if content is not None}
-    if len(done) < len(writer.committed_ids()):
-        gone = sorted(set(writer.committed_ids()) - done)
+def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> Bool[np.ndarray, " N"]:
+    """Say which rows of the pool are committed; refuse where more is committed than the pool holds."""
+    index, done = prepared.pool.pool.index, np.zeros(len(prepared.pool.pool), dtype=bool)
+    if len(writer.committed_ids()):
+        for start in range(0, len(done), LOOKED_UP):
+            ids = list(islice(index.names(start), LOOKED_UP))
+            done[start : start + len(ids)] = [content is not None for content in writer.contents(ids)]
+    if done.sum() < len(writer.committed_ids()):
+        gone = sorted(row for row in writer.committed_ids() if row not in index)
         raise DataError(
             "rows that were measured earlier are no longer in the pool",
             where=str(folder),

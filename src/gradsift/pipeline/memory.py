@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradsift.data.batches import plan_batches
+from gradsift.data.batches import plan_batches, plan_order
 from gradsift.gradients.outline import Kept, trace_kept
 from gradsift.models.adapter import attach_lora
 from gradsift.models.load import resolve_device
@@ -147,10 +147,10 @@ def largest_batch(rows: Sequence[TokenRow], tokens_per_batch: int, rows_per_shar
     Returns:
         Its shape; one row of one token where there are no rows.
     """
-    ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
+    ordered = plan_order(rows)
     best, most = Batch(1, 1, 1), -1
     for start in range(0, len(ordered), rows_per_shard):
-        shard = ordered[start : start + rows_per_shard]
+        shard = [rows[int(i)] for i in ordered[start : start + rows_per_shard]]
         for batch in plan_batches(shard, range(len(shard)), tokens_per_batch):
             some = [shard[i] for i in batch]
             found = Batch(len(some), max(row.num_tokens for row in some), sum(row.num_trained for row in some))

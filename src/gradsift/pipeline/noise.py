@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gradsift.data.tokens import sorted_by_id
 from gradsift.gradients.collect import Pass, measure_noise
 from gradsift.manifest import hash_parts, write_json_atomic
 from gradsift.seeds import stream
@@ -29,7 +30,7 @@ def noise_of(run: Pass, rows: Sequence[TokenRow], store: SignalStore, folder: Pa
         The bound.
     """
     path = folder / "noise.json"
-    key = hash_parts(sorted(row.id.encode("utf-8", "surrogatepass") for row in rows))
+    key = hash_parts(row.id.encode("utf-8", "surrogatepass") for row in sorted_by_id(rows))
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
         if kept.pop("rows") == key:

@@ -62,7 +62,7 @@ def make_refresh(ready: Ready, clock: Clock) -> Rescorer | None:
     if not config.online.rescore_every:
         return None
     collect, seed = offer.recipe.collect, offer.recipe.seed
-    copies = {row.id: row.copy_of for row in prepared.pool.pool.rows if row.copy_of is not None}
+    copies = prepared.pool.pool.copies
     names = [source.name for source in prepared.anchors]
 
     def asked(parameters: str | tuple[str, ...]) -> RescoreConfig:

@@ -189,7 +189,7 @@ def rise_limit(ready: Ready) -> tuple[str, float]:
 def _tokens(offer: Offer, material: Material) -> tuple[Any, dict[str, tuple[TokenRow, ...]]]:
     """Every row of the run as the trained model's tokenizer sees it, by source."""
     sources, data = (offer.prepared.pool, *offer.prepared.directions), offer.recipe.data
-    shapes: set[Shape] = {row.example.shape for s in sources for row in s.pool.rows if row.example is not None}
+    shapes: set[Shape] = {shape for s in sources for shape in s.pool.shapes}
     rule = mask_rule(material.tokenizer, data.loss_on, shapes)
     return rule, {s.name: tokenize_rows(s.pool.rows, material.tokenizer, rule, max_length=data.max_length)
                   for s in sources}  # fmt: skip

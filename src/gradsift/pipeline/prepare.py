@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gradsift.data.columns import read_columns
 from gradsift.data.pool import Pool, read_pool
-from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
+from gradsift.data.token_cache import tokenize_pool
+from gradsift.data.tokenize import MaskRule, mask_rule
+from gradsift.data.tokens import TokenRows, content_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.launch.bench import INLINE, Launch
 from gradsift.methods import Method
-from gradsift.models.load import load_tokenizer
+from gradsift.models.load import load_tokenizer, tokenizer_sha256
 from gradsift.models.resolve import Resolved, resolve_navigator
 from gradsift.pipeline.early import check_early
 from gradsift.pipeline.forward import reads_prompts
@@ -23,8 +25,8 @@ from gradsift.pipeline.screen_check import check_parts, check_screen
 from gradsift.pipeline.warm_check import check_warmup
 from gradsift.recipe import Recipe, SourceConfig
 from gradsift.seeds import stream
-from gradsift.store.spec import content_hash, set_hash
-from gradsift.types import Note, RowStatus, Shape, TokenRow
+from gradsift.store.spec import set_hash
+from gradsift.types import Note, RowStatus, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,22 +46,24 @@ class Source:
     role: str
     name: str
     pool: Pool
-    tokens: tuple[TokenRow, ...]
+    tokens: Sequence[TokenRow]
 
     @property
-    def usable(self) -> tuple[TokenRow, ...]:
+    def usable(self) -> Sequence[TokenRow]:
         """Rows that may be measured or selected, copies of a kept row included."""
+        if isinstance(self.tokens, TokenRows):
+            return self.tokens.usable
         return tuple(row for row in self.tokens if row.status.usable)
 
     @property
     def status(self) -> Mapping[RowStatus, int]:
         """Rows per status; the values add up to the rows read."""
-        return Counter(row.status for row in self.tokens)
+        return self.tokens.counts if isinstance(self.tokens, TokenRows) else Counter(row.status for row in self.tokens)
 
     @property
     def digest(self) -> str:
         """Hash of the usable rows' tokens and masks, whatever their order."""
-        return set_hash(content_hash(row.input_ids, row.trained) for row in self.usable)
+        return set_hash(content_of(row) for row in self.usable)
 
 
 @dataclass(frozen=True)
@@ -207,18 +211,18 @@ def prepare(recipe: Recipe, method: Method, clock: Clock) -> Prepared:
     with clock.stage("tokenize"):
         resolved = resolve_navigator(recipe.navigator.model, recipe.navigator.revision)
         tokenizer = load_tokenizer(resolved)
-        shapes: set[Shape] = {row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None}
-        rule = mask_rule(tokenizer, recipe.data.loss_on, shapes)
+        rule = mask_rule(tokenizer, recipe.data.loss_on, {shape for _, _, pool in pools for shape in pool.shapes})
         sources = [
             Source(
                 role,
                 name,
                 pool,
-                tokenize_rows(
-                    pool.rows,
+                tokenize_pool(
+                    pool,
                     tokenizer,
                     rule,
                     max_length=recipe.data.max_length,
+                    tokenizer_key=lambda: tokenizer_sha256(tokenizer),
                     find_template=role == "pool" and reads_prompts(method.needs),
                 ),
             )
@@ -253,7 +257,7 @@ def _with_dev(prepared: Prepared) -> Prepared:
     config = prepared.recipe.rollout
     held, dev = set(), []
     for source in prepared.directions:
-        by_content = {content_hash(row.input_ids, row.trained): row for row in source.usable}
+        by_content = {content_of(row): row for row in source.usable}
         draws = stream(prepared.recipe.seed, f"dev/{source.name}").uniform(tuple(by_content))
         order = [
             row for _, row in sorted(zip(draws.tolist(), by_content.values(), strict=True), key=lambda one: one[0])
@@ -267,7 +271,7 @@ def _with_dev(prepared: Prepared) -> Prepared:
                 expected="at least 2 held out and 2 for the direction",
                 do="give more rows, or --set rollout.dev_share=0.5",
             )
-        held |= {content_hash(row.input_ids, row.trained) for row in order[:count]}
+        held |= {content_of(row) for row in order[:count]}
         dev.append(replace(source, tokens=tuple(sorted(order[:count], key=lambda row: row.id))))
     kept = [_without(source, held) for source in prepared.directions]  # sources may share rows
     target = kept[-1] if prepared.target is not None else None
@@ -277,8 +281,8 @@ def _with_dev(prepared: Prepared) -> Prepared:
 
 def _without(source: Source, held: Set[str]) -> Source:
     """The rows that give a direction: none whose content is held out, of this source or of another."""
-    rest = tuple(row for row in source.tokens if content_hash(row.input_ids, row.trained) not in held)
-    left = {content_hash(row.input_ids, row.trained) for row in rest if row.status.usable}
+    rest = tuple(row for row in source.tokens if content_of(row) not in held)
+    left = {content_of(row) for row in rest if row.status.usable}
     if len(left) < 2:
         raise ConfigError(
             f"{source.name} shares nearly all its rows with other sets",
@@ -323,9 +327,10 @@ def _refuse_mostly_broken(pool: Source, share: float) -> None:
 def _data_notes(prepared: Prepared) -> list[Note]:
     """Rows of anchors or target that also stand in the pool, and truncated rows."""
     notes = []
-    pool = {content_hash(row.input_ids, row.trained): row.id for row in prepared.pool.usable}
+    wanted = {content_of(row) for source in prepared.directions for row in source.usable}
+    pool = {digest: row.id for row in prepared.pool.usable if (digest := content_of(row)) in wanted}
     for source in prepared.directions:
-        shared = [pool[h] for h in (content_hash(r.input_ids, r.trained) for r in source.usable) if h in pool]
+        shared = [pool[h] for h in map(content_of, source.usable) if h in pool]
         if shared:
             text = (
                 f"{len(shared)} rows of {source.name} also stand in the pool; keep such sets apart from what is trained"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from gradsift.data.tokens import content_of
 from gradsift.errors import NumericsError
 from gradsift.gradients.collect import Pass, measure_shard
 from gradsift.gradients.hooks import GradientEngine
@@ -25,7 +26,6 @@ from gradsift.pipeline.probe_design import Design, design_probes
 from gradsift.pipeline.probe_store import ProbeStore
 from gradsift.pipeline.progress import Clock
 from gradsift.pipeline.trainable import trainable_navigator
-from gradsift.store.spec import content_hash
 from gradsift.train.crossfit import ProbePlan
 from gradsift.train.probe import ProbeRun, row_losses, train_probe
 from gradsift.types import Note, TokenRow
@@ -145,13 +145,13 @@ def _fields(prepared: Prepared, measured: Measurement, design: Design) -> dict[s
         "probe": recipe.probe.model_dump(mode="json"),
         "seed": recipe.seed,
         "prior": [[i, design.groups[i]] for i in design.prior],
-        "judged": [[row.id, content_hash(row.input_ids, row.trained)] for row in design.judged],
+        "judged": [[row.id, content_of(row)] for row in design.judged],
         "anchors": [[s.name, *_hashes(s.usable)] for s in prepared.anchors],
     }
 
 
 def _hashes(rows: Sequence[TokenRow]) -> list[list[str]]:
-    return [[row.id, content_hash(row.input_ids, row.trained)] for row in sorted(rows, key=lambda row: row.id)]
+    return [[row.id, content_of(row)] for row in sorted(rows, key=lambda row: row.id)]
 
 
 def _anchor_loss(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from gradsift.data.tokens import content_of
 from gradsift.errors import ConfigError
 from gradsift.geometry.likeness import token_likeness
 from gradsift.geometry.trust import cap_copies, likely_domain
 from gradsift.pipeline.prepare import Prepared
-from gradsift.store.spec import content_hash
 from gradsift.train.crossfit import CrossfitConfig, ProbePlan, plan_probes
 from gradsift.types import TokenRow
 
@@ -72,7 +72,7 @@ def copy_groups(rows: Sequence[TokenRow]) -> dict[str, str]:
         id -> smallest id of its group.
     """
     first: dict[str, str] = {}
-    hashes = {row.id: content_hash(row.input_ids, row.trained) for row in rows}
+    hashes = {row.id: content_of(row) for row in rows}
     for name in sorted(hashes):
         first.setdefault(hashes[name], name)
     return {name: first[digest] for name, digest in hashes.items()}
@@ -116,12 +116,12 @@ def design_probes(prepared: Prepared, rows: Sequence[TokenRow]) -> Design:
     ids, groups = [row.id for row in rows], copy_groups(rows)
     likely = likely_domain(row_likeness(prepared, rows), which.share)
     prior = sorted(ids[i] for i in cap_copies(likely, [groups[i] for i in ids], which.max_copies))
-    known = {content_hash(row.input_ids, row.trained) for row in rows}
+    known = {content_of(row) for row in rows}
     replay: dict[str, TokenRow] = {}
     shared = []
     for source in prepared.anchors:
         for row in source.usable:
-            if content_hash(row.input_ids, row.trained) in known:
+            if content_of(row) in known:
                 shared.append(row.id)
             else:
                 replay[f"\x1fanchor\x1f{source.name}\x1f{row.id}"] = row

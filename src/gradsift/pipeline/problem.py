@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gradsift.data.lexical import lexical_scores
-from gradsift.data.show import plain_text
+from gradsift.data.tokens import pick, places, sorted_by_id, texts_of
 from gradsift.pipeline.checkpoints import checkpoint_fields
 from gradsift.pipeline.forward import extra_fields, text_fields
 from gradsift.pipeline.measure import Measurement
@@ -23,7 +23,7 @@ from gradsift.types import Problem, TokenRow
 IN_MEMORY = 1 << 28  # bytes of sketches above which they stay on the disk: 16,395 rows of 4,093 numbers
 
 
-def eligible_rows(prepared: Prepared, measured: Measurement | None) -> list[TokenRow]:
+def eligible_rows(prepared: Prepared, measured: Measurement | None) -> Sequence[TokenRow]:
     """List the rows that may be selected: usable, and measured without failure where anything was measured.
 
     Args:
@@ -33,12 +33,17 @@ def eligible_rows(prepared: Prepared, measured: Measurement | None) -> list[Toke
     Returns:
         Token rows in id order, kept copies included.
     """
-    rows = sorted(prepared.pool.usable, key=lambda row: row.id)
+    rows = sorted_by_id(prepared.pool.usable)
     if measured is None:
         return rows
-    first = {row.id: row.copy_of or row.id for row in prepared.pool.pool.rows}
-    status = dict(zip(measured.store.ids, measured.store.status, strict=True))
-    return [row for row in rows if status[first[row.id]].usable]
+    pool, store = prepared.pool.pool, measured.store
+    measured_at = pool.index.find(store.ids)
+    good = np.full(len(pool) + 1, -1, dtype=np.int8)  # the last one takes rows that another pool had
+    good[measured_at] = [status.usable for status in store.status]
+    found = good[pool.first[places(pool, rows)]]
+    if (found < 0).any():
+        raise ValueError(f"eligible_rows: row {rows[int(np.argmin(found))].id} was not measured")
+    return pick(rows, np.flatnonzero(found))
 
 
 def build_problem(prepared: Prepared, measured: Measurement | None, probed: Probed | None = None) -> Problem:
@@ -54,12 +59,11 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
     Returns:
         The problem; rows whose measurement failed are not in it.
     """
-    first = {row.id: row.copy_of or row.id for row in prepared.pool.pool.rows}
-    rows = eligible_rows(prepared, measured)
-    source = {row.id: row.source for row in prepared.pool.pool.rows}
+    rows, pool = eligible_rows(prepared, measured), prepared.pool.pool
+    where = places(pool, rows)
     common = {
         "ids": tuple(row.id for row in rows),
-        "sources": tuple(source[row.id] for row in rows),
+        "sources": tuple(pool.label(int(i)) for i in where),
         "num_tokens": np.array([row.num_tokens for row in rows], dtype=np.int64),
         "num_trained": np.array([row.num_trained for row in rows], dtype=np.int64),
         "num_read": len(prepared.pool.tokens),
@@ -72,9 +76,9 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
     }
     if measured is None:
         return Problem(**common)
-    originals = sorted({first[row.id] for row in rows})  # exact copies that were kept share one measurement
-    place = {name: n for n, name in enumerate(originals)}
-    at = np.array([place[first[row.id]] for row in rows], dtype=np.int64)
+    # Exact copies that were kept share one measurement.
+    ranks, at = np.unique(pool.index.rank[pool.first[where]], return_inverse=True)
+    originals = [pool.index.at(int(i)) for i in np.argsort(pool.index.rank)[ranks]]
     store = measured.store.take(originals)
     signals = store.spec.signals
     embeds = "embedding" in prepared.method.needs.signals  # as wide as the model: read for the methods that use it only
@@ -110,13 +114,13 @@ def _sketch(store: SignalStore, originals: Sequence[str], at: Int[np.ndarray, " 
     return store.gather([originals[int(i)] for i in at])
 
 
-def _likeness(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:
+def _likeness(prepared: Prepared, rows: Sequence[TokenRow]) -> Float[np.ndarray, " N"] | None:
     if "likeness" not in prepared.method.needs.signals or prepared.target is None:
         return None
     return row_likeness(prepared, rows)
 
 
-def _probed(probed: Probed | None, rows: list[TokenRow]) -> dict[str, Any]:
+def _probed(probed: Probed | None, rows: Sequence[TokenRow]) -> dict[str, Any]:
     if probed is None:
         return {}
     groups = copy_groups(rows)
@@ -127,13 +131,11 @@ def _probed(probed: Probed | None, rows: list[TokenRow]) -> dict[str, Any]:
     }
 
 
-def _lexical(prepared: Prepared, rows: list[TokenRow]) -> Float[np.ndarray, " N"] | None:
+def _lexical(prepared: Prepared, rows: Sequence[TokenRow]) -> Float[np.ndarray, " N"] | None:
     if "lexical" not in prepared.method.needs.signals or prepared.target is None:
         return None
-    pool = {row.id: row for row in prepared.pool.pool.rows}
-    target = {row.id: row for row in prepared.target.pool.rows}
     return lexical_scores(
         [row.id for row in rows],
-        [plain_text(pool[row.id]) for row in rows],
-        [plain_text(target[row.id]) for row in prepared.target.usable],
+        texts_of(prepared.pool.pool, rows),
+        texts_of(prepared.target.pool, prepared.target.usable),
     )

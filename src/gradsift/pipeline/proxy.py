@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.data.tokens import content_of
 from gradsift.geometry.round_record import plain
 from gradsift.geometry.trajectory import Domains, Plan, Rule, Trajectory, play
 from gradsift.manifest import canonical_json, hash_parts, make_folder, write_bytes_atomic
@@ -25,7 +26,6 @@ from gradsift.pipeline.proxy_check import cost_notes, split_tasks
 from gradsift.pipeline.trainable import trainable_navigator
 from gradsift.seeds import Stream, stream
 from gradsift.store.records import RecordStore
-from gradsift.store.spec import content_hash
 from gradsift.train.loop import Loop
 from gradsift.train.moments import load_moments, put_moments, read_moments, save_moments
 from gradsift.train.parts import Cost, trainable
@@ -196,7 +196,7 @@ class NavigatorProxy:
         recipe = self.prepared.recipe
 
         def content(some: Sequence[TokenRow]) -> str:
-            parts = [f"{row.id}\x1f{content_hash(row.input_ids, row.trained)}".encode() for row in some]
+            parts = [f"{row.id}\x1f{content_of(row)}".encode() for row in some]
             return hash_parts(parts, digest_size=16)
 
         navigator = recipe.navigator.model_dump(mode="json", exclude={"device"})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from gradsift.data.tokens import places
 from gradsift.errors import DataError
 from gradsift.geometry.cluster import default_num_clusters
 from gradsift.geometry.trajectory import Plan
@@ -83,10 +84,10 @@ def check_proxy(prepared: Prepared) -> None:
 
 def _by_label(prepared: Prepared) -> dict[str, list[int]]:
     """Tokens of the usable rows by label."""
-    label = {row.id: row.source for row in prepared.pool.pool.rows}
+    rows, pool = prepared.pool.usable, prepared.pool.pool
     out: dict[str, list[int]] = {}
-    for row in prepared.pool.usable:
-        out.setdefault(label[row.id], []).append(row.num_tokens)
+    for i, row in zip(places(pool, rows), rows, strict=True):
+        out.setdefault(pool.label(int(i)), []).append(row.num_tokens)
     return out
 
 

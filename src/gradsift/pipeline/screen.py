@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from gradsift.data.tokens import TokenRows
 from gradsift.errors import InfeasibleError
 from gradsift.evaluate.ranks import spearman_interval
 from gradsift.geometry.screen import (
@@ -277,11 +278,19 @@ def _only(prepared: Prepared, ids: Set[str], cheap: Measurement) -> Prepared:
         if not status.usable
     }
 
-    def told(row: TokenRow) -> TokenRow:
-        if row.id in ids or not row.status.usable:
-            return row
-        status, reason = failed.get(row.id, why)
-        return dataclasses.replace(row, status=status, reason=reason)
+    def told(row: str) -> tuple[RowStatus, str]:
+        return failed.get(row, why)
 
-    tokens = tuple(told(row) for row in prepared.pool.tokens)
+    tokens = prepared.pool.tokens
+    if isinstance(tokens, TokenRows):
+        out = [(i, told(row.id)) for i, row in enumerate(tokens) if row.status.usable and row.id not in ids]
+        tokens = TokenRows(tokens.table.with_statuses({int(tokens.at[i]): new for i, new in out}), tokens.at)
+    else:
+        tokens = tuple(
+            row if row.id in ids or not row.status.usable else _with_status(row, *told(row.id)) for row in tokens
+        )
     return dataclasses.replace(prepared, pool=dataclasses.replace(prepared.pool, tokens=tokens))
+
+
+def _with_status(row: TokenRow, status: RowStatus, reason: str) -> TokenRow:
+    return dataclasses.replace(row, status=status, reason=reason)

@@ -28,6 +28,7 @@ def bytes_needed(
     ids: Sequence[str],
     rows_per_shard: int,
     *,
+    num_rows: int | None = None,
     widths: Mapping[str, int] | None = None,
     block: int = 4096,
 ) -> int:
@@ -35,8 +36,9 @@ def bytes_needed(
 
     Args:
         spec: what is measured.
-        ids: n row ids that are still to be measured.
+        ids: row ids that are still to be measured; a shard of them is enough where ``num_rows`` is given.
         rows_per_shard: rows of a shard.
+        num_rows: how many rows are still to be measured; None for those of ``ids``.
         widths: length of the vectors of ``embedding`` and ``hidden_N``, where the spec has them.
         block: bytes of a block of the disk.
 
@@ -49,9 +51,10 @@ def bytes_needed(
     result = _made_up(spec, some, widths or {})
     files = encode_shard(result, spec)
     record = encode_record(make_record(result, spec, files, {"device": "cpu", "versions": "x" * 120}))
-    num_shards = -(-len(ids) // rows_per_shard)
+    num_rows = len(ids) if num_rows is None else num_rows
+    num_shards = -(-num_rows // rows_per_shard)
     # The rows of a planned shard may be more than were encoded; its files grow with them, its number of files does not.
-    rows_each = len(ids) / num_shards
+    rows_each = num_rows / num_shards
     sizes = [len(data) * rows_each / len(some) for data in files.values()]
     return num_shards * int(sum(-(-size // block) * block for size in (*sizes, len(record))))
 
@@ -85,6 +88,7 @@ def refuse_if_it_does_not_fit(
     ids: Sequence[str],
     rows_per_shard: int,
     *,
+    num_rows: int | None = None,
     widths: Mapping[str, int] | None = None,
 ) -> int:
     """Refuse to begin what the disk has no room for.
@@ -92,8 +96,9 @@ def refuse_if_it_does_not_fit(
     Args:
         folder: the store's folder; exists.
         spec: what is measured.
-        ids: row ids that are still to be measured.
+        ids: as for :func:`bytes_needed`.
         rows_per_shard: rows of a shard.
+        num_rows: as for :func:`bytes_needed`.
         widths: as for :func:`bytes_needed`.
 
     Returns:
@@ -107,14 +112,14 @@ def refuse_if_it_does_not_fit(
         disk = os.statvfs(folder)
     except OSError as error:
         raise read_error(error, folder) from error
-    needed = bytes_needed(spec, ids, rows_per_shard, widths=widths, block=disk.f_frsize)
+    needed = bytes_needed(spec, ids, rows_per_shard, num_rows=num_rows, widths=widths, block=disk.f_frsize)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:
         raise DiskFullError(
             "the signals will not fit on this disk",
             where=str(folder),
             got=f"{free} bytes free",
-            expected=f"about {needed} bytes for {len(ids)} rows",
+            expected=f"about {needed} bytes for {len(ids) if num_rows is None else num_rows} rows",
             do="free space, use --out on another disk, measure a smaller collect.sketch_dim, or try all the same with "
             "--set collect.check_disk=false: what is committed before the disk is full is kept",
         )

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool, Int
-
+from gradsift.data.tokens import content_hash as content_hash
 from gradsift.errors import SpecError, StoreError
 from gradsift.manifest import canonical_json, hash_parts, read_error, seal, unseal
 
@@ -214,19 +212,6 @@ def _show(fields: Mapping[str, Any], name: str) -> str:
     if value is _ABSENT:
         return "absent"
     return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def content_hash(input_ids: Int[np.ndarray, " T"], trained: Bool[np.ndarray, " T"]) -> str:
-    """Hash what is measured of a row: its token ids and which of them carry loss.
-
-    Args:
-        input_ids: integer [T] token ids.
-        trained: bool [T], True where the label is the token.
-
-    Returns:
-        32 hex digits; a changed token or mask gives another hash.
-    """
-    return hash_parts([input_ids.astype("<i4").tobytes(), trained.astype(np.uint8).tobytes()])
 
 
 def set_hash(hashes: Iterable[str]) -> str:

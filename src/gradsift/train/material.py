@@ -129,7 +129,7 @@ def read_material(config: TrainConfig, selection: Path) -> Material:
         wanted += [("anchor", source.label, (source.path,)) for source in place.recipe.anchors]
         wanted += [("target", "target", (place.recipe.target,))] if place.recipe.target else []
     pools = [(role, name, _read(role, paths, data)) for role, name, paths in wanted]
-    shapes: set[Shape] = {row.example.shape for _, _, pool in pools for row in pool.rows if row.example is not None}
+    shapes: set[Shape] = {shape for _, _, pool in pools for shape in pool.shapes}
     rule = mask_rule(tokenizer, data.loss_on, shapes)
     tokens = {
         (role, name): tokenize_rows(pool.rows, tokenizer, rule, max_length=data.max_length)
