@@ -24,11 +24,13 @@ from gradsift.errors import ConfigError
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Scatter, Squares, Totals, join_outers
 from gradsift.gradients.prefold import Cells, fold_signed, folded_products
 from gradsift.gradients.project import fold_
+from gradsift.gradients.taps import find_layers
 
 if TYPE_CHECKING:
     from gradsift.gradients.hooks import GradientEngine
 
 ROAD = "folded"
+GROUPS = 5  # of neighboring layers; what belongs to none is a part of its own
 
 
 def fold_directions(engine: GradientEngine) -> None:
@@ -57,6 +59,23 @@ def fold_directions(engine: GradientEngine) -> None:
         block.road = ROAD
         if not engine.looks_up(block):  # a table's lookups are read exactly, a few rows of it
             block.directions = None
+
+
+def keep_parts(engine: GradientEngine) -> int:
+    """Let an engine keep dots and squared norms of groups of layers apart, the rest (head, embedding, last norm) last.
+
+    Args:
+        engine: not entered.
+
+    Returns:
+        P, at most ``GROUPS + 1``.
+    """
+    layers = find_layers(engine.model)
+    num = min(GROUPS, len(layers))
+    group_of = {id(p): k * num // len(layers) for k, layer in enumerate(layers) for p in layer.parameters()}
+    names = {name: group_of.get(id(p), num) for name, p in engine.model.named_parameters()}
+    engine.part_of = {name: names[name] for name in engine.blocks}
+    return max(engine.part_of.values(), default=0) + 1
 
 
 def fold_matrix(matrix: Float[Tensor, "rows cols"], cells: Cells) -> Float[Tensor, "high wide"]:

@@ -12,7 +12,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,14 @@ class _Batch:
     head_square: Tensor
     embedding: Tensor | None = None
     prompt: Tensor | None = None
+    parts: tuple[Totals, ...] = ()
+
+    @property
+    def apart(self) -> Tensor | None:
+        """[B, P, M + 1] dots and squared norm of each part, or None where parts are not kept apart."""
+        if not self.parts:
+            return None
+        return torch.stack([torch.cat([p.dots, p.square[:, None]], 1) for p in self.parts], 1)
 
 
 class GradientEngine:
@@ -118,6 +126,7 @@ class GradientEngine:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.projector = projector
+        self.part_of: Mapping[str, int] = {}  # parameter -> its part, where parts are kept apart
         self.bent = False  # sketches are of Adam directions; see gradsift.gradients.adam.bend
         self.num_directions = 0 if not directions else next(iter(directions.values())).shape[0]
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -394,10 +403,11 @@ class GradientEngine:
         waiting.append(part)
         if len(waiting) < self._expected[block.name]:
             return
+        totals = self._batch.parts[self.part_of[block.name]] if self.part_of else self._batch.totals
         if self._tray.takes(block, waiting):
-            self._tray.add(block, waiting[0], self._batch.totals)
+            self._tray.add(block, waiting[0], totals)
         else:
-            squares = block.measure(waiting, self._batch.totals)
+            squares = block.measure(waiting, totals)
             if block is self._head_block:
                 self._batch.head_square = squares.linear
             if block is self._embedding_block and self._sees_lookups:
@@ -470,7 +480,10 @@ class GradientEngine:
             if self._pending:
                 raise AssertionError(f"no gradient arrived for {sorted(self._pending)}")
             totals = batch.totals
-            self._tray.measure(totals)
+            self._tray.measure()
+            for part in batch.parts:
+                totals.dots += part.dots
+                totals.square += part.square
             return Measured(
                 got.loss.cpu(),
                 totals.square.cpu(),
@@ -480,12 +493,15 @@ class GradientEngine:
                 batch.head_square.clamp_min(0).sqrt().cpu(),
                 None if batch.embedding is None else batch.embedding.cpu(),
                 None if got.prompt_loss is None else got.prompt_loss.cpu(),
+                None if batch.apart is None else batch.apart.cpu(),
             )
 
     def _plan_tray(self, size: int) -> None:
         """Small parameters that are used once will arrive in the reverse order of the forward."""
         ends = (self._head_block, self._embedding_block)
-        once = [self.blocks[name] for name, count in reversed(self._expected.items()) if count == 1] if self.norms else []
+        once = (
+            [self.blocks[name] for name, count in reversed(self._expected.items()) if count == 1] if self.norms else []
+        )
         self._tray.plan([block for block in once if block not in ends], size)
 
     def _sloped(self, logits: Tensor, labels: Tensor, input_ids: Tensor, *, slope: bool = True) -> Sloped:
@@ -546,6 +562,11 @@ class GradientEngine:
             ),
             *(self._start(size, name in self.edge_norms) for name in EDGE_NORMS),
             prompt=prompt,
+        )
+        totals = self._batch.totals
+        self._batch.parts = tuple(
+            replace(totals, dots=torch.zeros_like(totals.dots), square=torch.zeros_like(totals.square))
+            for _ in range(max(self.part_of.values(), default=-1) + 1)
         )
         self._expected.clear()
         self._pending.clear()

@@ -40,6 +40,7 @@ class Tray:
     _buffer: Tensor | None = None
     _size: int = 0
     _span: tuple[int, int] | None = None
+    _into: Totals | None = None
 
     def plan(self, blocks: Sequence[Block], size: int) -> None:
         """Get ready for a micro-batch; places are kept as long as the same parameters and directions are measured.
@@ -48,7 +49,7 @@ class Tray:
             blocks: those whose gradient will arrive once, in the order in which they will.
             size: B, examples of the micro-batch.
         """
-        self._span, self._size = None, size
+        self._span, self._into, self._size = None, None, size
         small = [block for block in blocks if _is_small(block, self.dim)]
         order = tuple(block.name for block in small)
         if order != self._order or any(block.directions is not self._places[block.name][2] for block in small):
@@ -96,19 +97,19 @@ class Tray:
         Args:
             block: one that :meth:`takes` accepts.
             part: what flowed into it.
-            totals: running totals, changed where a tray was full.
+            totals: running totals, changed when the tray is measured: before what belongs to other totals, or no longer fits.
         """
         start, stop, _ = self._places[block.name]
         if self._span is not None:
             low, high = self._span
-            if start < high or stop - low > min(TILE, ROOM // self._size):
-                self.measure(totals)
+            if self._into is not totals or start < high or stop - low > min(TILE, ROOM // self._size):
+                self.measure()
         assert isinstance(part, Outer | Dense)
         low, high = self._span or (start, start)
         rows = self._rows(part.g)
         if start > high:
             rows[:, high - low : start - low] = 0
-        self._span = (low, stop)
+        self._span, self._into = (low, stop), totals
         place = rows[:, start - low : stop - low]
         if isinstance(part, Dense):
             place.copy_(part.g)
@@ -122,16 +123,14 @@ class Tray:
             held = self._buffer = torch.empty(ROOM, dtype=like.dtype)
         return held[: self._size * width].view(self._size, width)
 
-    def measure(self, totals: Totals) -> None:
-        """Add what lies in the tray to the totals, and empty it.
-
-        Args:
-            totals: running totals, changed in place.
-        """
+    def measure(self) -> None:
+        """Add what lies in the tray to the totals that it was given with, and empty it."""
         if self._span is None:
             return
-        (low, high), self._span = self._span, None
+        (low, high), totals = self._span, self._into
+        self._span = self._into = None
         assert self._buffer is not None
+        assert totals is not None
         tray = self._rows(self._buffer)[:, : high - low]
         totals.square += row_squares(tray)
         if self._directions is not None:

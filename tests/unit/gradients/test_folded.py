@@ -9,11 +9,12 @@ from tests.toy import TOYS, VOCABULARY, toy_llama
 
 from gradsift.errors import ConfigError
 from gradsift.gradients import project
-from gradsift.gradients.folded import fold_directions, fold_matrix
+from gradsift.gradients.folded import fold_directions, fold_matrix, keep_parts
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient
 from gradsift.gradients.prefold import Cells
 from gradsift.gradients.project import Projector, cell_shape, signs
+from gradsift.gradients.taps import find_layers
 
 F64 = torch.float64
 
@@ -116,6 +117,34 @@ def test_dots_have_no_bias_and_the_spread_that_is_said(monkeypatch):
         (u.t() @ v).square().sum()
     )
     assert found.var() <= 1.3 * (2 / (high * wide) * scale**2 + unfolded)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "lora", "gpt2"])
+def test_parts_add_up_and_each_is_that_of_its_layers(kind, fold):
+    model = TOYS[kind](dtype=F64)
+    ids, labels, lengths = rows()
+    apart, exact = engines(model)[0], engines(model)[0]
+    num = keep_parts(apart)
+    assert num == 3  # two layers, and what belongs to none
+    if fold:
+        fold_directions(apart)
+    with exact:
+        want = exact.measure(ids, labels, lengths)
+    with apart:
+        got = apart.measure(ids, labels, lengths)
+    assert got.parts.shape == (3, num, 3)
+    torch.testing.assert_close(got.parts.sum(1)[:, :2], got.dots)
+    torch.testing.assert_close(got.parts.sum(1)[:, 2], want.square)
+    if not fold:
+        torch.testing.assert_close(got.dots, want.dots)
+    for part, layer in enumerate(find_layers(model)):
+        inside = {id(p) for p in layer.parameters()}
+        names = [n for n, p in model.named_parameters() if id(p) in inside]
+        alone = GradientEngine(model, names)
+        with alone:
+            torch.testing.assert_close(got.parts[:, part, 2], alone.measure(ids, labels, lengths).square)
+    assert want.parts is None
 
 
 def test_an_engine_without_a_sketch_is_refused():

@@ -90,7 +90,7 @@ def test_together_equals_one_by_one(shapes, batches, dim, count, room, shuffle):
                 else:
                     assert 2 * block.numel * len(lengths) > room
                     block.measure([part], got)
-            tray.measure(got)
+            tray.measure()
             check(got, want)
 
 
@@ -104,8 +104,20 @@ def test_other_directions_are_taken_up():
         tray.plan(blocks, 2)
         for block, part in zip(blocks, parts, strict=True):
             tray.add(block, part, got)
-        tray.measure(got)
+        tray.measure()
         check(got, want)
+
+
+def test_what_belongs_to_other_totals_goes_there():
+    blocks, tray = blocks_of([(3, 4), (1, 5), (2, 3)], 2, 61), Tray(61)
+    parts = [part_of(block, [3, 2], torch.Generator().manual_seed(0)) for block in blocks]
+    into = [empty(2, 2, 61), empty(2, 2, 61)]
+    tray.plan(blocks, 2)
+    for block, part, which in zip(blocks, parts, (0, 1, 1), strict=True):
+        tray.add(block, part, into[which])
+    tray.measure()
+    check(into[0], one_by_one(blocks[:1], parts[:1], 2, 2, 61))
+    check(into[1], one_by_one(blocks[1:], parts[1:], 2, 2, 61))
 
 
 def test_a_batch_that_broke_off_leaves_nothing():
@@ -115,7 +127,7 @@ def test_a_batch_that_broke_off_leaves_nothing():
     tray.add(blocks[0], parts[0], empty(2, 2, 61))  # and an error came
     tray.plan(blocks, 2)
     got = empty(2, 2, 61)
-    tray.measure(got)
+    tray.measure()
     check(got, empty(2, 2, 61))
 
 
