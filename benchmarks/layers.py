@@ -30,6 +30,7 @@ from gradsift.data.batches import collate, plan_batches
 from gradsift.data.exam_rows import DemoCounts, write_demo_rows
 from gradsift.evaluate.ranks import spearman_interval
 from gradsift.geometry.screen import fit_screen
+from gradsift.gradients import tray
 from gradsift.gradients.blocks import Block, Totals, sum_repeated
 from gradsift.gradients.directions import build_direction
 from gradsift.gradients.hooks import GradientEngine
@@ -167,7 +168,8 @@ def _pass(engine: GradientEngine, rows: Any, tied: tuple[str, ...], num: int, pa
             kept.setdefault("cross", []).append(cross)
         return squares
 
-    Block.measure = measure
+    Block.measure, room = measure, tray.ROOM
+    tray.ROOM = 0  # small parameters are measured one by one too
     try:
         with engine:
             for batch in plan_batches(rows, range(len(rows)), 1024):
@@ -179,7 +181,7 @@ def _pass(engine: GradientEngine, rows: Any, tied: tuple[str, ...], num: int, pa
                 if tied == ("", ""):
                     kept.setdefault("cross", []).append(np.zeros((len(some), 1)))
     finally:
-        Block.measure = plain_measure
+        Block.measure, tray.ROOM = plain_measure, room
     return {name: np.concatenate(values) for name, values in kept.items()}
 
 

@@ -110,6 +110,8 @@ class CollectConfig(Strict):
         sketch_dim: length D of the sketch, a prime so that folding mixes rows and columns.
         layers: measure the upper decoder layers only, a share (25%, rounded up) or a count (8); None measures all.
         positions: trained holds what stands before a row's first trained token constant: its tokens have no gradient.
+        dots: folded takes them by folded factors where prompts are held constant, on a CPU: cheaper by far, and exact only on
+            average. Dots and norms of groups of layers are then kept apart too. It is what a screen measures.
         tokens_per_batch: longest row times rows of a micro-batch never exceed this; auto takes what fits the free memory.
         rows_per_shard: rows committed at once; a kill costs at most one shard.
         signals: auto measures what the method needs; all measures everything.
@@ -124,6 +126,7 @@ class CollectConfig(Strict):
     sketch_dim: int = Field(default=4093, ge=2)
     layers: str | None = Field(default=None, pattern=UPPER)
     positions: Literal["all", "trained"] = "all"
+    dots: Literal["exact", "folded"] = "exact"
     tokens_per_batch: TokenBudget = Field(default=1024, ge=AUTO)
     rows_per_shard: int = Field(default=64, ge=1)
     signals: Literal["auto", "all"] = "auto"

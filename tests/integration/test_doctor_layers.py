@@ -44,20 +44,22 @@ def recipe(files, navigator, parameters, **changes):
 def test_ranks_are_those_of_select_with_and_without_layers(tmp_path, navigator, parameters):
     files = world(tmp_path)
     found = measure_shares(
-        recipe(files, navigator, parameters), Silent(), shares=("50%", "100%", "trained"), num_rows=24
+        recipe(files, navigator, parameters), Silent(), shares=("50%", "100%", "trained", "screen"), num_rows=24
     )
     audits = {}
-    for key, more in {"all": {}, "50%": {"collect.layers": "50%"}, "trained": {"collect.positions": "trained"}}.items():
+    parts = {"all": {}, "50%": {"collect.layers": "50%"}, "trained": {"collect.positions": "trained"},
+             "screen": {"collect.positions": "trained", "collect.dots": "folded"}}  # fmt: skip
+    for key, more in parts.items():
         out = tmp_path / key.strip("%")
         select({"pool": files["pool"]}, method="target_cosine", budget="5", out=out, anchors={"math": files["math"]},
                target=files["target"], navigator=navigator, report=False,
                settings={**SETTINGS, "navigator.parameters": parameters, **more})  # fmt: skip
         audits[key] = pq.read_table(out / "selection" / "audit.parquet").to_pydict()
-    half, whole, trained, everything = found.lines
-    assert [line.share for line in found.lines] == ["50%", "100%", "trained", "all"]
+    half, whole, trained, screen, everything = found.lines
+    assert [line.share for line in found.lines] == ["50%", "100%", "trained", "screen", "all"]
     assert everything.ranks == {}
     for name, column in {"math": "cos_math", "target": "cos_target", "norm": "grad_norm"}.items():
-        for one in (half, trained):
+        for one in (half, trained, screen):
             want = spearmanr(audits[one.share][column], audits["all"][column]).statistic
             # audit columns are float32: two rows of nearly equal numbers may change places
             assert one.ranks[name].rho == pytest.approx(want, abs=0.02)
@@ -105,6 +107,7 @@ def test_the_cheapest_good_share_is_recommended_or_none():
     assert "--layers 50%" in table.advice
     assert "0.90 [0.88, 0.92]" in table.advice
     assert line("trained", 0.4, 0.95).option == "--set collect.positions=trained"
+    assert line("screen", 0.4, 0.95).option == "--screen trained"
     none = ShareTable((line("25%", 0.5, 0.7), line("50%", 0.7, 0.89, 0.99), whole), 64, 1, 5, 1.0, 1.0)
     assert none.recommended is None
     assert "no share" in none.advice
@@ -118,7 +121,7 @@ def test_the_command_prints_and_writes_what_was_measured(tmp_path, navigator):
     result = CliRunner().invoke(app, [str(word) for word in command])
     assert result.exit_code == 0, result.output
     kept = json.loads(out.read_text())
-    assert [one["share"] for one in kept["lines"]] == ["12.5%", "25%", "50%", "75%", "trained", "all"]
+    assert [one["share"] for one in kept["lines"]] == ["12.5%", "25%", "50%", "75%", "trained", "screen", "all"]
     assert kept["num_rows"] == 20
     told = " ".join(result.output.split())
     assert kept["advice"] in told

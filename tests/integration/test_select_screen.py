@@ -131,6 +131,11 @@ def test_the_command_takes_the_share(both, navigator, tmp_path, by):
     assert "SCREENED_OUT" in told
     (spec,) = kept_specs(tmp_path / "run" / "screen")
     assert (spec.layers, spec.positions) == ((None, "trained") if by == "trained" else ("2 to 2 of 2", "all"))
+    assert (spec.dots, spec.extras) == (("folded", ("layer_parts",)) if by == "trained" else ("exact", ()))
+    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())["screen"]
+    assert facts["parts"] == (6 if by == "trained" else 0)  # two layers and the rest: a dot and a norm each
+    (exact,) = kept_specs(tmp_path / "run" / "signals")
+    assert (exact.dots, exact.extras) == ("exact", ())
 
 
 @pytest.mark.parametrize(("method", "settings", "word"), [
@@ -139,6 +144,7 @@ def test_the_command_takes_the_share(both, navigator, tmp_path, by):
     ("norm", {"method.settings.band": "middle"}, "one by one"),
     ("target_cosine", {"dedup": "keep"}, "copies"),
     ("target_cosine", {"collect.layers": "1"}, "exact signals"),
+    ("target_cosine", {"collect.dots": "folded", "screen.by": None}, "for held prompts"),
     ("target_cosine", {"screen.certify": 500}, "too small"),
 ])  # fmt: skip
 def test_what_cannot_be_screened_is_refused(both, navigator, tmp_path, method, settings, word):

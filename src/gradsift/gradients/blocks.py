@@ -185,6 +185,10 @@ class Block:
             from gradsift.gradients.experts import measure_routed  # it builds on this module
 
             return measure_routed(self, [p for p in parts if isinstance(p, Routed)], totals)
+        if self.road == "folded":
+            from gradsift.gradients import folded  # it builds on this module
+
+            return folded.measure(self, parts, totals)
         if self.road != "tiles":
             from gradsift.gradients import on_cuda  # it builds on this module
 
@@ -208,14 +212,14 @@ class Block:
         if denses:
             self._measure_dense(denses, totals)
         if outers:
-            self._measure_outer(_join(outers), totals)
+            self._measure_outer(join_outers(outers), totals)
         linear = totals.square - before
         if scatters:
-            self._measure_scatter(scatters, totals)
+            self.measure_scatter(scatters, totals)
         squares = Squares(linear, totals.square - before - linear)
         kinds = (bool(outers), bool(scatters), bool(denses))
         if kinds == (True, True, False):
-            self._add_cross(_join(outers), scatters, totals)
+            self.add_cross(join_outers(outers), scatters, totals)
         elif sum(kinds) > 1:
             raise AssertionError(f"no rule for the mixed uses of parameter {self.name}")
         return squares
@@ -268,7 +272,7 @@ class Block:
         self, tile: Float[Tensor, "c n"], some: list[int], low: int, totals: Totals, *, fold: bool
     ) -> None:
         rows = some if len(some) < totals.square.shape[0] else slice(None)
-        totals.square[rows] += _squares(tile)
+        totals.square[rows] += row_squares(tile)
         if self.directions is not None:
             position = low * self.cols
             dots = torch.mm(self.directions[:, position : position + tile.shape[1]], tile.t())
@@ -291,7 +295,7 @@ class Block:
 
     def _measure_dense(self, denses: Sequence[Dense], totals: Totals) -> None:
         g = denses[0].g if len(denses) == 1 else torch.stack([d.g for d in denses]).sum(0)
-        totals.square += _squares(g)
+        totals.square += row_squares(g)
         if self.directions is not None:
             totals.dots += torch.mm(g, self.directions.t()).double()
         if totals.sketch is not None:
@@ -299,7 +303,13 @@ class Block:
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
-    def _measure_scatter(self, scatters: Sequence[Scatter], totals: Totals) -> None:
+    def measure_scatter(self, scatters: Sequence[Scatter], totals: Totals) -> None:
+        """Add dots, squared norms and sketches of what was looked up.
+
+        Args:
+            scatters: lookups in this table.
+            totals: running totals, changed in place.
+        """
         for scatter in scatters:
             if totals.sketch is not None:
                 add_lookups_(totals.sketch, scatter.ids, scatter.g, scatter.lengths, self.cells)
@@ -312,8 +322,14 @@ class Block:
                 table = self.directions.view(-1, self.rows, self.cols)[:, ids]
                 totals.dots[b] += (table * summed).flatten(1).double().sum(1)
 
-    def _add_cross(self, outer: Outer, scatters: Sequence[Scatter], totals: Totals) -> None:
-        """Add 2 <outer part, scattered part> of a tied table to the squared norm."""
+    def add_cross(self, outer: Outer, scatters: Sequence[Scatter], totals: Totals) -> None:
+        """Add 2 <outer part, scattered part> of a tied table to the squared norm.
+
+        Args:
+            outer: what flowed into it as a linear layer.
+            scatters: lookups in it.
+            totals: running totals, changed in place.
+        """
         for b in range(len(outer.lengths)):
             x, g = outer.row(b)
             ids, summed = sum_repeated(scatters, b)
@@ -355,16 +371,30 @@ def make_block(
     return Block(name, rows, cols, row, col, projector.offset(name))
 
 
-def _squares(tile: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
-    """Squared norm of each row in float64; on a CPU by BLAS dot, the fastest single read."""
+def row_squares(tile: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
+    """Take the squared norm of each row; on a CPU by BLAS dot, the fastest single read.
+
+    Args:
+        tile: [c, n], each row contiguous.
+
+    Returns:
+        float64 [c].
+    """
     if tile.device.type == "cpu":
         rows = tile.numpy()
         return torch.from_numpy(np.fromiter((np.dot(r, r) for r in rows), dtype=np.float64, count=len(rows)))
     return torch.linalg.vector_norm(tile, dim=1).double().square()
 
 
-def _join(outers: Sequence[Outer]) -> Outer:
-    """Put several uses of one layer behind each other in time: their gradients add up in the same product."""
+def join_outers(outers: Sequence[Outer]) -> Outer:
+    """Put several uses of one layer behind each other in time: their gradients add up in the same product.
+
+    Args:
+        outers: uses of one layer, at least one.
+
+    Returns:
+        One use, flat where there were several.
+    """
     if len(outers) == 1:
         return outers[0]
     rows = [[o.row(b) for o in outers] for b in range(len(outers[0].lengths))]

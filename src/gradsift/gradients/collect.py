@@ -21,7 +21,7 @@ from gradsift.gradients import calls
 from gradsift.gradients.embed import content_order, reorder, unit_distance
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.measured import Forwarded
-from gradsift.gradients.taps import NO_EXTRAS, Extras, Taps, alone_row, empty_extras, hidden_name, stack_masks
+from gradsift.gradients.taps import NO_EXTRAS, PARTS, Extras, Taps, alone_row, empty_extras, hidden_name, stack_masks
 from gradsift.seeds import Stream
 from gradsift.store.shards import ShardResult
 from gradsift.types import Noise, RowStatus, TokenRow
@@ -134,7 +134,7 @@ def _result(
         sketch=column("sketch").astype(np.float32) if parts[0].sketch is not None else None,
         embedding=column("embedding").astype(np.float32) if parts[0].embedding is not None else None,
         extra={
-            name: column(name, True).astype(np.float32 if name.startswith("hidden") else np.float64)
+            name: column(name, True).astype(np.float32 if name.startswith("hidden") or name == PARTS else np.float64)
             for name in run.extras.names
         },
     )
@@ -188,6 +188,8 @@ def _measure(run: Pass, rows: Sequence[TokenRow]) -> _Values:
         extra["alone_loss"] = _alone(run, rows)
     if isinstance(got, Forwarded):
         return replace(_empty(run, rows, seen=got), extra=extra)
+    if got.parts is not None:
+        extra[PARTS] = got.parts.flatten(1).numpy()
     return _Values(
         got.loss.numpy(),
         got.square.clamp_min(0).sqrt().numpy(),

@@ -12,7 +12,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradsift.errors import ConfigError, ModelError
-from gradsift.gradients import calls, fused, lookups, on_cuda, roads
+from gradsift.gradients import adapters, calls, fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
 from gradsift.gradients.edges import embedding_squares, head_squares
@@ -34,6 +34,7 @@ from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
 from gradsift.gradients.slopes import Sloped, losses_and_slopes
 from gradsift.gradients.taps import find_layers
+from gradsift.gradients.tray import Tray
 
 EDGE_NORMS = ("emb_grad_norm", "head_grad_norm")
 
@@ -61,6 +62,14 @@ class _Batch:
     head_square: Tensor
     embedding: Tensor | None = None
     prompt: Tensor | None = None
+    parts: tuple[Totals, ...] = ()
+
+    @property
+    def apart(self) -> Tensor | None:
+        """[B, P, M + 1] dots and squared norm of each part, or None where parts are not kept apart."""
+        if not self.parts:
+            return None
+        return torch.stack([torch.cat([p.dots, p.square[:, None]], 1) for p in self.parts], 1)
 
 
 class GradientEngine:
@@ -117,6 +126,7 @@ class GradientEngine:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.projector = projector
+        self.part_of: Mapping[str, int] = {}  # parameter -> its part, where parts are kept apart
         self.bent = False  # sketches are of Adam directions; see gradsift.gradients.adam.bend
         self.num_directions = 0 if not directions else next(iter(directions.values())).shape[0]
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -154,6 +164,7 @@ class GradientEngine:
         self._pending: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
         self._tapped = ExitStack()
+        self._tray = Tray(None if projector is None else projector.dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,6 +191,14 @@ class GradientEngine:
     def device(self) -> torch.device:
         """Where the model is."""
         return self._device
+
+    def is_head(self, block: Block) -> bool:
+        """Tell whether a parameter is the LM head's weight, a table that is tied to it included."""
+        return block is self._head_block
+
+    def looks_up(self, block: Block) -> bool:
+        """Tell whether a parameter is a table that tokens are looked up in."""
+        return block is self._embedding_block
 
     def _map_parameters(self, wanted: set[str]) -> tuple[str, ...]:
         """Find the module and rule of each wanted parameter; return the names that no rule covers."""
@@ -236,6 +255,7 @@ class GradientEngine:
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> GradientEngine:
+        self._step_adapters()
         hooked = set(self._uses) | {self._embedding, self._head}
         for module in hooked:
             if is_experts(module):
@@ -254,8 +274,30 @@ class GradientEngine:
         self._handles.clear()
         self._tapped.close()
 
+    def _step_adapters(self) -> None:
+        """Let adapted layers of which A or B alone are measured run as one step; other devices were not measured."""
+        if self.road != "tiles":
+            return
+        for module in self.model.modules():
+            layer = adapters.read(module)
+            if layer is None or module.base_layer in self._uses or not {layer.a, layer.b} & set(self._uses):
+                continue
+            both = (layer.a, layer.b)
+
+            def tracks(_: Tensor, both: tuple[nn.Module, ...] = both) -> bool:
+                on = torch.is_grad_enabled() and self._reached
+                for one in both if on else ():
+                    self._expect(one)
+                return on
+
+            self._tapped.enter_context(adapters.stepping(module, layer, tracks, self._after_backward))
+
     def _begin(self, *_: object) -> None:
         self._reached = True
+
+    def _expect(self, module: nn.Module) -> None:
+        for use in self._uses.get(module, ()):
+            self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
 
     def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._batch is None:  # another process measures, and the model is called for its sake
@@ -281,8 +323,7 @@ class GradientEngine:
             return
         if not output.requires_grad:  # nothing before the lowest of those measured is in the graph
             output.requires_grad_(True)
-        for use in self._uses.get(module, ()):
-            self._expected[use.block.name] = self._expected.get(use.block.name, 0) + 1
+        self._expect(module)
         x = inputs[0].detach()
         output.register_hook(lambda g: self._after_backward(module, x, g))
 
@@ -363,13 +404,18 @@ class GradientEngine:
         assert self._batch is not None
         waiting = self._pending.setdefault(block.name, [])
         waiting.append(part)
-        if len(waiting) == self._expected[block.name]:
-            squares = block.measure(waiting, self._batch.totals)
+        if len(waiting) < self._expected[block.name]:
+            return
+        totals = self._batch.parts[self.part_of[block.name]] if self.part_of else self._batch.totals
+        if self._tray.takes(block, waiting):
+            self._tray.add(block, waiting[0], totals)
+        else:
+            squares = block.measure(waiting, totals)
             if block is self._head_block:
                 self._batch.head_square = squares.linear
             if block is self._embedding_block and self._sees_lookups:
                 self._batch.emb_square = squares.looked_up
-            del self._pending[block.name]
+        del self._pending[block.name]
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -435,10 +481,15 @@ class GradientEngine:
             logits = logits_of(input_ids)
             got = self._sloped(logits, labels, input_ids)
             assert got.slope is not None
+            self._plan_tray(len(lengths))
             torch.autograd.backward(logits, got.slope.to(logits.dtype)[None])
             if self._pending:
                 raise AssertionError(f"no gradient arrived for {sorted(self._pending)}")
             totals = batch.totals
+            self._tray.measure()
+            for part in batch.parts:
+                totals.dots += part.dots
+                totals.square += part.square
             return Measured(
                 got.loss.cpu(),
                 totals.square.cpu(),
@@ -448,7 +499,16 @@ class GradientEngine:
                 batch.head_square.clamp_min(0).sqrt().cpu(),
                 None if batch.embedding is None else batch.embedding.cpu(),
                 None if got.prompt_loss is None else got.prompt_loss.cpu(),
+                None if batch.apart is None else batch.apart.cpu(),
             )
+
+    def _plan_tray(self, size: int) -> None:
+        """Small parameters that are used once will arrive in the reverse order of the forward."""
+        ends = (self._head_block, self._embedding_block)
+        once = (
+            [self.blocks[name] for name, count in reversed(self._expected.items()) if count == 1] if self.norms else []
+        )
+        self._tray.plan([block for block in once if block not in ends], size)
 
     def _sloped(self, logits: Tensor, labels: Tensor, input_ids: Tensor, *, slope: bool = True) -> Sloped:
         assert self._batch is not None
@@ -508,6 +568,11 @@ class GradientEngine:
             ),
             *(self._start(size, name in self.edge_norms) for name in EDGE_NORMS),
             prompt=prompt,
+        )
+        totals = self._batch.totals
+        self._batch.parts = tuple(
+            replace(totals, dots=torch.zeros_like(totals.dots), square=torch.zeros_like(totals.square))
+            for _ in range(max(self.part_of.values(), default=-1) + 1)
         )
         self._expected.clear()
         self._pending.clear()

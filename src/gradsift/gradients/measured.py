@@ -21,6 +21,8 @@ class Measured:
         head_norm: float64 [B] norm of the LM head's gradient (head part only when tied).
         embedding: [B, d] position-weighted mean of the last hidden states, or None.
         prompt_loss: float64 [B] mean nats per prompt token, 0 without one; None where no prompt was asked for.
+        parts: float64 [B, P, M + 1] dots and squared norm of each part of the parameters, or None where they were not kept
+            apart; over the parts they add up to ``dots`` and ``square``.
     """
 
     loss: Float[Tensor, " B"]
@@ -31,6 +33,7 @@ class Measured:
     head_norm: Float[Tensor, " B"]
     embedding: Float[Tensor, "B d"] | None = None
     prompt_loss: Float[Tensor, " B"] | None = None
+    parts: Float[Tensor, "B P k"] | None = None
 
 
 @dataclass(frozen=True)

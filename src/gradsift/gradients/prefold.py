@@ -8,7 +8,7 @@ adds to sketches in place, is plain torch and runs on any device; on a CPU numpy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,29 @@ def add_outer_(
         starts: first token of each example in a flat [S, .] layout, or None for padded batches.
         cells: signs and place of the parameter.
     """
+    for some, product in folded_products(x, g, lengths, starts, cells):
+        fold_(sketch[some.start : some.stop], product.view(len(some), -1), cells.offset)
+
+
+def folded_products(
+    x: Float[Tensor, "*tokens cols"],
+    g: Float[Tensor, "*tokens rows"],
+    lengths: Sequence[int],
+    starts: Sequence[int] | None,
+    cells: Cells,
+) -> Iterator[tuple[range, Float[Tensor, "b high wide"]]]:
+    """Form the cells of some examples at a time.
+
+    Args:
+        x: as in :func:`add_outer_`.
+        g: likewise.
+        lengths: B numbers of tokens.
+        starts: first token of each example in a flat layout, or None.
+        cells: signs of the parameter.
+
+    Yields:
+        tuple[range, Tensor]: which examples, and the matrix of cells of each.
+    """
     high, wide = cells.shape
     x, g = fold_signed(x, cells.col_sign, wide), fold_signed(g, cells.row_sign, high)
     step = max(1, BUFFER // (high * wide))
@@ -124,7 +147,7 @@ def add_outer_(
             for k, b in enumerate(some):  # true lengths: nothing is spent on padding
                 at = (b, slice(lengths[b])) if starts is None else slice(starts[b], starts[b] + lengths[b])
                 torch.mm(g[at].t(), x[at], out=product[k])
-        fold_(sketch[some.start : some.stop], product.view(len(some), -1), cells.offset)
+        yield some, product
 
 
 def add_lookups_(

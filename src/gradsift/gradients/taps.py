@@ -29,21 +29,24 @@ class Extras:
         alone: loss of the trained tokens with everything else removed.
         layers: whose hidden states are averaged, rising; 0 is what enters the first layer, l what leaves the l-th.
         start_id: token that stands before an answer alone, so that its first token is predicted too.
+        parts: numbers that say of a row what each group of layers adds to its dots and its squared norm; 0 for none.
     """
 
     prompt: bool = False
     alone: bool = False
     layers: tuple[int, ...] = ()
     start_id: int = 0
+    parts: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the signals as the store calls them, sorted."""
         flags = (("alone_loss", self.alone), ("prompt_loss", self.prompt))
         return (*(name for name, on in flags[:1] if on), *sorted(hidden_name(n) for n in self.layers),
-                *(name for name, on in flags[1:] if on))  # fmt: skip
+                *((PARTS,) if self.parts else ()), *(name for name, on in flags[1:] if on))  # fmt: skip
 
 
+PARTS = "layer_parts"
 NO_EXTRAS = Extras()
 
 
@@ -242,7 +245,10 @@ def empty_extras(extras: Extras, model: nn.Module, num_rows: int) -> dict[str, n
     Returns:
         Name -> NaN of the signal's shape.
     """
+    widths = {PARTS: (extras.parts,)}
     return {
-        name: np.full((num_rows, hidden_size(model)) if name.startswith("hidden") else num_rows, np.nan)
+        name: np.full(
+            (num_rows, *((hidden_size(model),) if name.startswith("hidden") else widths.get(name, ()))), np.nan
+        )
         for name in extras.names
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradsift.gradients.collect import CODE_VERSION
-from gradsift.gradients.hooks import EDGE_NORMS
+from gradsift.gradients.hooks import EDGE_NORMS, GradientEngine
 from gradsift.gradients.project import VERSION
 from gradsift.gradients.upper import Upper
 from gradsift.manifest import hash_parts
@@ -81,6 +81,24 @@ def covered_by(parameters: Parameters, upper: Upper | None, seen: Sequence[str])
         f"{part}; gradsift doctor --layers shows how well that ranks"
     )
     return covered, [Note("coverage_layers", text, len(upper.parameters.names)), *_coverage_note(there)]
+
+
+def folds(prepared: Prepared, engine: GradientEngine, held: bool) -> tuple[bool, list[Note]]:
+    """Tell whether dots are taken by folded factors, and why not where that was asked for.
+
+    Args:
+        prepared: the run's inputs.
+        engine: the collector.
+        held: whether prompts are held constant and plain gradients are measured.
+
+    Returns:
+        Whether they are, and a note where they were asked for.
+    """
+    if prepared.recipe.collect.dots != "folded":
+        return False, []
+    if not held or not prepared.directions or engine.road != "tiles":
+        return False, [Note("dots", "dots were taken exactly: folded ones are for held prompts, on a CPU", 0)]
+    return True, [Note("dots", "dots were taken by folded factors, which are exact only on average over seeds", 0)]
 
 
 def held_note(rows: Sequence[TokenRow]) -> list[Note]:

@@ -32,6 +32,7 @@ from gradsift.gradients.directions import (
     save_direction,
     sketch_directions,
 )
+from gradsift.gradients.folded import fold_directions, keep_parts
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
 from gradsift.gradients.upper import Upper, choose_upper
@@ -42,7 +43,7 @@ from gradsift.models.adapter import attach_lora
 from gradsift.models.load import Navigator, load_navigator
 from gradsift.models.parameters import Coverage, Parameters, choose_parameters
 from gradsift.pipeline.active import activate
-from gradsift.pipeline.asked import covered_by, held_note, spec_of, wants_edges, wants_gradients
+from gradsift.pipeline.asked import covered_by, folds, held_note, spec_of, wants_edges, wants_gradients
 from gradsift.pipeline.embedding import embed_target, wants_embedding
 from gradsift.pipeline.forward import told_apart, wanted_extras
 from gradsift.pipeline.fsdp import load_shared
@@ -189,15 +190,21 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     if gradients and engine.road != "tiles":
         notes.append(Note("engine", f"gradients were measured with {engine.description}"))
     extras = wanted_extras(prepared, model, out)
+    folded, remarks = folds(prepared, engine, trained_only and at is None)
+    notes += remarks
+    if folded:
+        extras = dataclasses.replace(extras, parts=keep_parts(engine) * (len(prepared.directions) + 1))
     prepared, rows = told_apart(prepared, extras, rows)
     if part.ids is not None:
         rows = among(rows, part.ids)
     more = (*(["embedding"] if embeds else []), *extras.names, *(engine.edge_norms if gradients else ()))
     spec = spec_of(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
-    spec = spec if at is None else spec_at(spec, at)
+    spec = dataclasses.replace(spec, dots="folded") if folded else spec if at is None else spec_at(spec, at)
     folder = store_folder(out / signals, spec)
     built = _directions(prepared, model, engine, folder, clock, embeds) if gradients else []
     attach(engine, built)
+    if folded:
+        fold_directions(engine)
     if at is not None:
         bend_engine(engine, at)
     run = Pass(

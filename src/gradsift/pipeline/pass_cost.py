@@ -101,7 +101,7 @@ def cheap_collect(prepared: Prepared, by: str) -> CollectConfig:
     Returns:
         The run's own settings but for layers or positions, and signals.
     """
-    part = {"positions": "trained"} if by == "trained" else {"layers": by}
+    part = {"positions": "trained", "dots": "folded"} if by == "trained" else {"layers": by}
     return prepared.recipe.collect.model_copy(update={**part, "signals": "auto"})
 
 

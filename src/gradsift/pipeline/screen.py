@@ -1,6 +1,6 @@
 """Two stages: a cheap pass over every row, then an exact one over the rows that may be chosen (ours).
 
-    1  measure every row cheaply: with prompts held constant, or by the upper layers only
+    1  measure every row cheaply: with prompts held constant and dots by folded factors, or by the upper layers only
     2  measure ``screen.calibrate`` rows drawn at random exactly too; fit the exact signals to the cheap ones
     3  draw residuals of the fit onto the other rows: plausible worlds. The method chooses in each; a row that is chosen in one
        of them may be chosen
@@ -33,6 +33,7 @@ from gradsift.geometry.screen import (
     fit_screen,
     possible_rows,
 )
+from gradsift.gradients.taps import PARTS
 from gradsift.methods.taking import resolve_budget
 from gradsift.pipeline.measure import Measurement, Part, measure, refuse_weak
 from gradsift.pipeline.pass_cost import cheap_collect, refuse_small
@@ -43,6 +44,8 @@ from gradsift.seeds import stream
 from gradsift.types import Budget, Note, Problem, RowStatus, Selection, TokenRow
 
 SIGNALS = "screen"  # folder of the screen's store in the run folder
+PLAIN_RIDGE, RIDGE = 1e-3, 1e-2  # of the fit; parts of a row's gradient repeat one another
+PER_COLUMN = 2.5  # calibration rows that a column of the parts must have, or the parts are left out
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,10 @@ def measure_screened(prepared: Prepared, budget: Budget, out: Path, clock: Clock
     refuse_weak(prepared, {d.name: d for d in exact.directions})
     with clock.stage("worlds"):
         known = build_problem(_only(prepared, calibrate, cheap), exact)
-        fit = fit_screen(cheap_signals(problem, known.ids), exact_signals(known))
-        possible = _possible(prepared, problem, known, fit, budget)
+        parts = part_signals(problem, cheap, len(calibrate))
+        ridge = PLAIN_RIDGE if parts is None else RIDGE
+        fit = fit_screen(cheap_signals(problem, known.ids, parts), exact_signals(known), ridge=ridge)
+        possible = _possible(prepared, problem, known, fit, budget, parts)
     kept = calibrate | {str(row) for row in possible.rows}
     left = [row for row in problem.ids if row not in kept]
     drawn = _draw(left, config.certify, seed, "screen/certify")
@@ -149,6 +154,7 @@ def measure_screened(prepared: Prepared, budget: Budget, out: Path, clock: Clock
     facts = {
         "by": "the trained positions" if cheap.spec.layers is None else f"layers {cheap.spec.layers}",
         "coverage": cheap.coverage.share,
+        "parts": 0 if parts is None else parts.shape[1],
         "rows": {"eligible": problem.size, "calibrate": len(calibrate), "possible": len(possible.rows), "out": len(left),
                  "certify": len(drawn), "exact": len(kept | drawn)},
         "worlds": possible.num_worlds,
@@ -162,12 +168,40 @@ def measure_screened(prepared: Prepared, budget: Budget, out: Path, clock: Clock
     return Screened(_only(prepared, kept | drawn, cheap), exact, budget, frozenset(drawn), len(left), facts)
 
 
-def cheap_signals(problem: Problem, ids: Sequence[str]) -> Float[np.ndarray, "n p"]:
+def part_signals(problem: Problem, cheap: Measurement, num_fitted: int) -> Float[np.ndarray, "N k"] | None:
+    """Collect what each group of layers adds to a row's signals, where the screen kept groups apart.
+
+    A group's weight in the exact signals is not its weight in the screen's: low layers lose most by a held prompt.
+
+    Args:
+        problem: every row with the screen's signals.
+        cheap: the screen's measurement.
+        num_fitted: rows that the fit is made on.
+
+    Returns:
+        float64 [N, k] in the problem's order: each group's dots over the row's norm, and the log of its share of the squared
+        norm; None where groups were not kept apart, or are too many for the fit's rows.
+    """
+    if PARTS not in cheap.spec.extras or problem.grad_norm is None:
+        return None
+    width = len(cheap.directions) + 1
+    found = np.asarray(cheap.store.extra(PARTS, problem.ids), dtype=np.float64).reshape(problem.size, -1, width)
+    if num_fitted < PER_COLUMN * found[0].size:
+        return None
+    dots = found[:, :, :-1] / problem.grad_norm[:, None, None]
+    share = np.maximum(found[:, :, -1] / problem.grad_norm[:, None] ** 2, 1e-12)
+    return np.concatenate([dots.reshape(problem.size, -1), np.log(share)], axis=1)
+
+
+def cheap_signals(
+    problem: Problem, ids: Sequence[str], parts: Float[np.ndarray, "N k"] | None = None
+) -> Float[np.ndarray, "n p"]:
     """Collect what the screen knows of some rows and the fit reads.
 
     Args:
         problem: every row with the screen's signals.
         ids: n of its ids.
+        parts: what :func:`part_signals` gives of every row.
 
     Returns:
         float64 [n, p]: cosines with the anchors and the target, logs of norm, head's norm and lengths, and the loss.
@@ -179,6 +213,7 @@ def cheap_signals(problem: Problem, ids: Sequence[str]) -> Float[np.ndarray, "n 
                np.log(problem.num_trained)[:, None]]  # fmt: skip
     if problem.head_grad_norm is not None:
         columns.append(np.log(np.maximum(problem.head_grad_norm, 1e-12))[:, None])
+    columns += [] if parts is None else [parts]
     return np.concatenate(columns, axis=1)[at]
 
 
@@ -225,10 +260,17 @@ def with_signals(problem: Problem, known: Problem, values: Float[np.ndarray, "N 
     )
 
 
-def _possible(prepared: Prepared, problem: Problem, known: Problem, fit: ScreenFit, budget: Budget) -> Possible:
+def _possible(
+    prepared: Prepared,
+    problem: Problem,
+    known: Problem,
+    fit: ScreenFit,
+    budget: Budget,
+    parts: Float[np.ndarray, "N k"] | None,
+) -> Possible:
     """Choose in plausible worlds; rows that are known exactly are the same in all of them."""
     recipe, method = prepared.recipe, prepared.method
-    predicted = fit.predict(cheap_signals(problem, problem.ids))
+    predicted = fit.predict(cheap_signals(problem, problem.ids, parts))
     truth = dict(zip(known.ids, exact_signals(known), strict=True))
     at = [i for i, row in enumerate(problem.ids) if row in truth]
     there = np.array([truth[problem.ids[i]] for i in at])

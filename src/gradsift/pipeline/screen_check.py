@@ -32,6 +32,11 @@ def check_parts(recipe: Recipe, method: Method) -> None:
             expected="every layer and position",
             do="leave them out, or choose another method",
         )
+    if collect.dots == "folded" and collect.positions == "all":
+        raise ConfigError(
+            "folded dots are for held prompts", where="collect.dots", got="folded, with collect.positions=all",
+            expected="collect.dots=exact", do="leave collect.dots out, or screen with --screen trained",
+        )  # fmt: skip
     whole = sorted(signals & OF_WHOLE_ROWS)
     if collect.positions != "all" and (whole or collect.signals == "all"):
         raise ConfigError(

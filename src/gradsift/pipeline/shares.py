@@ -22,6 +22,7 @@ from gradsift.data.batches import Tokens, collate, plan_batches
 from gradsift.errors import ConfigError
 from gradsift.evaluate.ranks import Correlation, spearman_interval
 from gradsift.gradients.directions import BuiltDirection, build_direction
+from gradsift.gradients.folded import fold_directions, keep_parts
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
 from gradsift.gradients.upper import Upper, choose_upper
@@ -36,7 +37,9 @@ from gradsift.seeds import stream
 from gradsift.types import TokenRow
 
 TRAINED = "trained"  # every layer, with prompts held constant
-SHARES = ("12.5%", "25%", "50%", "75%", TRAINED)
+SCREEN = "screen"  # the same with dots by folded factors, as ``--screen trained`` measures
+SHARES = ("12.5%", "25%", "50%", "75%", TRAINED, SCREEN)
+HELD = {TRAINED: "all, at the trained positions", SCREEN: "all, at the trained positions, folded dots"}
 ENOUGH = 0.9  # rank correlation from which a share may stand for all layers
 LEAST_ROWS = 10
 
@@ -61,7 +64,8 @@ class ShareLine:
     """One share of the layers.
 
     Args:
-        share: as asked; ``trained`` for all layers with prompts held constant, ``all`` for all layers and positions.
+        share: as asked; ``trained`` for all layers with prompts held constant, ``screen`` for folded dots beside, ``all``
+            for all layers and positions.
         layers: which layers, in words.
         coverage: share of the chosen parameters that it measures.
         cost: CPU seconds over plain forward and backward that trains the chosen parameters.
@@ -79,7 +83,8 @@ class ShareLine:
     @property
     def option(self) -> str:
         """What a person types to measure so."""
-        return "--set collect.positions=trained" if self.share == TRAINED else f"--layers {self.share}"
+        held = {TRAINED: "--set collect.positions=trained", SCREEN: "--screen trained"}
+        return held.get(self.share, f"--layers {self.share}")
 
     @property
     def least(self) -> float:
@@ -149,7 +154,7 @@ def measure_shares(
     Args:
         recipe: pool, anchors, target, navigator and data settings of the planned run.
         progress: who is told.
-        shares: values of ``collect.layers``, or ``trained``.
+        shares: values of ``collect.layers``, ``trained``, or ``screen``, which is left out on a GPU.
         num_rows: rows to draw; all where there are fewer.
         num_rounds: groups that the micro-batches are dealt into, short and long ones in each; fewer where there are fewer.
 
@@ -170,15 +175,16 @@ def measure_shares(
     if recipe.navigator.parameters == "lora":
         model = attach_lora(model, recipe.navigator.lora, recipe.seed)
     parameters = choose_parameters(model, recipe.navigator.parameters)
-    uppers = {share: choose_upper(model, parameters, share) for share in shares if share != TRAINED}
+    uppers = {share: choose_upper(model, parameters, share) for share in shares if share not in HELD}
     with clock.stage("anchors", sum(row.num_tokens for source in prepared.directions for row in source.usable)):
-        engines = _engines(prepared, model, parameters, uppers, TRAINED in shares, clock)
+        engines = _engines(prepared, model, parameters, uppers, bool(HELD.keys() & set(shares)), clock)
+    shares = [share for share in shares if share in engines]
     batches = plan_batches(rows, range(len(rows)), recipe.collect.tokens_per_batch)
     num_rounds = min(num_rounds, len(batches))
     arms = [_Arm("plain", lambda tokens: plain_step(model, parameters.names, tokens), [])]
     if recipe.navigator.parameters == "lora":
         arms.append(_Arm("whole", lambda tokens: _without_adapter(model, tokens), []))
-    texts = {"all": "all, and the embedding", TRAINED: "all, at the trained positions"}
+    texts = {"all": "all, and the embedding", **HELD}
     for key in (*shares, "all"):
         seen = uppers[key].parameters.numel if key in uppers else parameters.numel
         text = uppers[key].text if key in uppers else texts[key]
@@ -317,7 +323,20 @@ def _engines(
         engines[TRAINED] = GradientEngine(model, parameters.names, projector=projector, trained_only=True)
         own_built = build(parameters.names, None, True)
         _point(engines[TRAINED], {name: [d.matrices[name] for d in own_built] for name in engines[TRAINED].blocks})
+        if engines[TRAINED].road == "tiles":
+            engines[SCREEN] = _folded(engines[TRAINED], parameters.names)
     return engines
+
+
+def _folded(exact: GradientEngine, names: Sequence[str]) -> GradientEngine:
+    """The collector of ``--screen trained``, whose directions fold to a tenth of the exact one's."""
+    engine = GradientEngine(exact.model, names, projector=exact.projector, trained_only=True)
+    engine.num_directions = exact.num_directions
+    for name, block in engine.blocks.items():
+        block.directions = exact.blocks[name].directions
+    keep_parts(engine)
+    fold_directions(engine)
+    return engine
 
 
 def _point(engine: GradientEngine, matrices: Mapping[str, Sequence[Tensor]]) -> None:

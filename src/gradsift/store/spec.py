@@ -21,8 +21,8 @@ from gradsift.manifest import canonical_json, hash_parts, read_error, seal, unse
 FORMAT = 3  # newest layout that is read; 2 adds embeddings, 3 extra signals; stores without them are written as before
 SPEC_FILE = "spec.json"
 SIGNALS = ("loss", "grad_norm", "emb_grad_norm", "head_grad_norm", "dots", "sketch", "embedding")
-WHOLE = (("layers", None), ("positions", "all"))  # written only where less is measured
-EXTRA_SIGNALS = re.compile(r"prompt_loss|alone_loss|hidden_\d+")  # one array file of their own each, by row
+WHOLE = (("layers", None), ("positions", "all"), ("dots", "exact"))  # written only where less is measured
+EXTRA_SIGNALS = re.compile(r"prompt_loss|alone_loss|hidden_\d+|layer_parts")  # one array file of their own each, by row
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class GradientSpec:
         truncation: which end of a long row is kept.
         layers: upper decoder layers that were measured, with the backward stopped below them; None for the whole model.
         positions: ``all``, or ``trained`` where prompts were held constant.
+        dots: ``exact``, or ``folded`` where they are those of folded factors, which are exact on average over seeds.
     """
 
     parameters: str
@@ -85,6 +86,7 @@ class GradientSpec:
     truncation: str = "keep_start"
     layers: str | None = None
     positions: str = "all"
+    dots: str = "exact"
 
     def __post_init__(self) -> None:
         unknown = sorted({s for s in self.signals if s not in SIGNALS and not EXTRA_SIGNALS.fullmatch(s)})

@@ -155,7 +155,7 @@ def test_the_sketch_alone_equals_the_one_beside_norms_and_forms_no_gradient(kind
     for norms in (True, False):
         engine = GradientEngine(model, chosen(model), projector=Projector(7, 61), norms=norms)
         if not norms:
-            for road in ("_tiles", "_as_dense", "_measure_dense", "_measure_scatter"):
+            for road in ("_tiles", "_as_dense", "_measure_dense", "measure_scatter"):
                 monkeypatch.setattr(blocks.Block, road, None)
         with engine:
             found.append(engine.measure(ids, labels, lengths))
