@@ -206,6 +206,23 @@ def test_a_rank_holds_its_half_of_the_weights_and_one_or_two_whole_layers(monkey
         assert peak < 0.8 * whole
 
 
+def follow_without_an_engine(lockstep):
+    """As a worker does while rank 0 measures the anchors."""
+    model = share(lockstep, toy.toy_lora(0).requires_grad_(True))
+    if lockstep.seat.rank:
+        while lockstep.follow():
+            pass
+    else:
+        with engine_of(model, "lora")() as engine:
+            engine.measure(*batch(1))
+        lockstep.follow()
+    return [name for name, p in model.named_parameters() if p.requires_grad or p.grad is not None]
+
+
+def test_padding_leaves_no_gradient_at_a_weight_even_before_there_is_an_engine():
+    assert together(follow_without_an_engine) == [[], []]
+
+
 def load_slowly(lockstep, path):
     """Write down when this rank begins and ends to load."""
 
