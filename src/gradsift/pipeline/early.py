@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from gradsift.data.tokens import places
+from gradsift.data.token_rows import places
 from gradsift.errors import DataError
 from gradsift.gradients.taps import refuse_layers
 
