@@ -121,7 +121,7 @@ def start(command: Sequence[str], log: Path, *, slow: float = 0.0, **variables: 
     """Start a process with the log switched on and no rank's variables but those given."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "RAY_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in ranks}
-    environment = {**kept, "MEASURED": str(log), "SLOW": str(slow), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    environment = {**kept, "MEASURED": str(log), "SLOW": str(slow), "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1",
                    "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", **variables}  # fmt: skip
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=log.parent

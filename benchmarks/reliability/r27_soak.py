@@ -138,9 +138,25 @@ def spent(found: list[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(line.get(name, 0.0) for line in last.values()) for name in ("measure", "commit", "fsync")}
 
 
+def _share(times: Mapping[str, float]) -> float:
+    """fsync's share of measuring and committing."""
+    return times["fsync"] / (times["measure"] + times["commit"])
+
+
+def _share_in_small_shards() -> float:
+    """The same with shards of 2 MB: what a kill costs less is paid for in fsyncs."""
+    folder = Path(tempfile.mkdtemp(prefix="gradsift-soak-"))
+    try:
+        assert start(folder, 131_072, 1024, "").wait() == 0
+        return _share(spent(lines(folder)))
+    finally:
+        shutil.rmtree(folder)
+
+
 def run(full: bool, defect: str) -> dict[str, Any]:
     """Collect, kill, resume, verify, compare."""
-    rows, per_shard, kills = (1_000_000, 1024, 10) if full else (65_536, 1024, 2)
+    rows, per_shard, kills = (1_000_000, 8192, 10) if full else (65_536, 1024, 2)
+    small = _share_in_small_shards() if full and not defect else None
     folder = Path(tempfile.mkdtemp(prefix="gradsift-soak-"))  # a real disk: fsync is what is measured
     try:
         begun = time.perf_counter()
@@ -161,7 +177,7 @@ def run(full: bool, defect: str) -> dict[str, Any]:
             "resume": {name: found[-1][name] for name in ("opened", "planned", "planned_cpu", "start")},
             "load": os.getloadavg()[0], "cores": os.cpu_count(),
             "memory": memory(found), "times": times,
-            "fsync_share": times["fsync"] / (times["measure"] + times["commit"]),
+            "fsync_share": _share(times), "fsync_share_1024": small,
             "bytes_over": sum(f.st_size for f in files) / raw - 1,
             "blocks_over": sum(f.st_blocks for f in files) * 512 / raw - 1,
             "own_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -171,6 +187,11 @@ def run(full: bool, defect: str) -> dict[str, Any]:
 
 
 ROW_BYTES = 24
+
+
+def _small(figures: Mapping[str, Any]) -> str:
+    share = figures.get("fsync_share_1024")
+    return "" if share is None else f" ({share:.1%} of 1024)"
 
 
 def judge(figures: Mapping[str, Any]) -> Outcome:
@@ -207,7 +228,8 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
                 "<= 5 s", begin <= 5,
             ),
             Check(
-                "fsync's share of the time of writing", f"{f['fsync_share']:.1%} in shards of {f['per_shard']} rows", "< 5%",
+                "fsync's share of the time of writing",
+                f"{f['fsync_share']:.1%} in shards of {f['per_shard']} rows{_small(f)}", "< 5%",
                 f["fsync_share"] < 0.05,
             ),
             Check(
@@ -220,6 +242,6 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R27", "1M made-up rows x 1,024 float16, 10 kills, verify", "flat memory < 1.5 GiB, start <= 5 s, fsync < 5%, <= 2% bytes",
-    run, judge, (KEEPS, FORGETS), {"rows": 1_000_000, "dim": DIM, "rows_per_shard": 1024, "kills": 10}, slow=True,
+    run, judge, (KEEPS, FORGETS), {"rows": 1_000_000, "dim": DIM, "rows_per_shard": 8192, "kills": 10}, slow=True,
     may_miss=("fsync's share of the time of writing", "memory grows by"),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 
 from gradsift.manifest import hash_parts
 from gradsift.store.shards import ShardResult
@@ -62,7 +63,8 @@ def resident_kb() -> int:
 
 
 def settled_kb() -> int:
-    """Resident memory in kB once the pages that the allocator keeps for later are given back."""
+    """Resident memory in kB once the pages that the allocators keep for later are given back."""
+    pyarrow.default_memory_pool().release_unused()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     return resident_kb()
@@ -112,13 +114,14 @@ def collect(folder: Path, rows: int, per_shard: int, defect: str = "") -> None:
         planned, planned_cpu = time.perf_counter() - begun, time.process_time() - cpu
         tell(start=done, opened=round(opened, 3), planned=round(planned, 3), planned_cpu=round(planned_cpu, 3))
         measured, commit = timed(times, "measure", measure), timed(times, "commit", writer.commit)
+        every = max(1, 4096 // per_shard)
         for number, start in enumerate(left):
             result = measured(start, min(per_shard, rows - start))
             done += commit(result).num_rows
             if defect == KEEPS:
                 kept.extend(zip(result.ids, result.content_hashes))
             del result
-            tell(done=done, **({"rss": settled_kb()} if number % 4 == 3 else {}))
+            tell(done=done, **({"rss": settled_kb()} if number % every == 0 else {}))
 
 
 if __name__ == "__main__":

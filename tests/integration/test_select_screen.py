@@ -151,3 +151,33 @@ def test_several_processes_are_refused(both, navigator, tmp_path):
                            "method": {"name": "target_cosine"}, "screen": {"by": "1"}})  # fmt: skip
     with pytest.raises(ConfigError, match="one process"):
         run_recipe(recipe, tmp_path / "run", seat=Seat("ray", 0, 2))
+
+
+def test_a_dry_run_tells_what_two_stages_take(tmp_path, navigator):
+    from gradsift.pipeline.estimate import estimate
+    from gradsift.pipeline.progress import Silent
+
+    files = world(tmp_path, POOL)
+
+    def plan(**more):
+        values = {
+            "pool": [{"label": "pool", "path": str(files["pool"])}], "target": str(files["target"]), "budget": "10%",
+            "navigator": {"model": str(navigator), "parameters": "all"}, "method": {"name": "target_cosine"}, **more,
+        }  # fmt: skip
+        return estimate(build_recipe(values), Silent())
+
+    screen = {"calibrate": 30, "certify": 25}
+    half, held, whole = plan(screen={**screen, "by": "50%"}), plan(screen={**screen, "by": "trained"}), plan()
+    assert whole.screen is None
+    assert half.screen is not None
+    assert half.screen.num_drawn == 55
+    # one of two layers: the forward and half of the backward, beside forward and backward of all
+    assert half.screen.least == pytest.approx((2 + 4.5 / 2) / 6.5 + 55 / POOL)
+    assert half.screen.most == pytest.approx((2 + 4.5 / 2) / 6.5 + 1)
+    assert held.screen is not None
+    assert held.screen.least == pytest.approx((2 + 4.5 * held.trained / held.tokens["pool"]) / 6.5 + 55 / POOL)
+    said = dict(half.lines())
+    assert "by its upper layers (50%) first; then 55 drawn rows" in said["screen"]
+    assert " to " in said["time"].removesuffix(" to measure (within a factor of two)")
+    with pytest.raises(ConfigError, match="too small for a screen"):
+        plan(screen={**screen, "by": "50%", "certify": 500})

@@ -118,7 +118,7 @@ class Screen:
         """Let SIGTERM, SIGINT and SIGHUP stop the run at the next micro-batch; a second SIGINT stops at once.
 
         Where no micro-batch ends for a while, such as in reading or loading, the run is stopped where it stands: whatever
-        is being written then does not count, as after a kill.
+        is being written then does not count, as after a kill. A run that was asked to stop never ends with code 0.
 
         Yields:
             Nothing.
@@ -151,6 +151,7 @@ class Screen:
         before = {name: signal.signal(name, stop) for name in names}
         try:
             yield
+            self._look()  # asked to stop at the very end: a batch system reads the code, and the same command ends at once
         except _Overdue:
             self._close()
             raise Interrupted(self._stopped_by or signal.SIGTERM, self.resume) from None

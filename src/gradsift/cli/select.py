@@ -114,6 +114,13 @@ Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Ray
 Wait = Annotated[
     float, typer.Option("--wait", metavar="SECONDS", help="How long a rank other than 0 waits for rank 0 to begin.")
 ]
+Fsdp = Annotated[
+    bool,
+    typer.Option(
+        "--fsdp",
+        help="Deal the navigator's weights over the ranks of torchrun, for one that does not fit a device.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens, memory, disk and time, and stop.")]
 
 
@@ -137,6 +144,7 @@ def command(
     launcher: Launcher = "auto",
     workers: Workers = None,
     wait: Wait = 300.0,
+    fsdp: Fsdp = False,
     dry_run: DryRun = False,
 ) -> None:
     """Choose the rows of a pool that teach the target and spare the anchors.
@@ -162,7 +170,8 @@ def command(
     from gradsift.launch.seat import find_seat
 
     built = build(recipe, set_ or [], [(key, value) for key, value in flags if value is not None])
-    run(built, out, dry_run=dry_run, seat=find_seat(launcher, workers, os.environ, join_seconds=wait))
+    seat = find_seat(launcher, workers, os.environ, join_seconds=wait, fsdp=fsdp)
+    run(built, out, dry_run=dry_run, seat=seat)
 
 
 def labelled(text: str, flag: str, *, named: bool = False) -> dict[str, str]:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 
 from gradsift.data.batches import collate, plan_batches
 from gradsift.data.token_rows import content_of
-from gradsift.errors import NumericsError
+from gradsift.errors import ConfigError, NumericsError
+from gradsift.gradients import calls
 from gradsift.gradients.embed import content_order, reorder, unit_distance
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.measured import Forwarded
@@ -147,6 +148,14 @@ def _with_back_off(run: Pass, rows: Sequence[TokenRow]) -> Iterator[tuple[_Value
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        if calls.is_bound(run.engine.model):
+            # The other processes are in the middle of this call, and halves of it would find nobody.
+            raise ConfigError(
+                "a micro-batch does not fit in memory, and the ranks that hold the model together cannot halve it",
+                where="collect.tokens_per_batch",
+                got=f"{len(rows)} rows of up to {max(row.num_tokens for row in rows)} tokens, from row {rows[0].id} on",
+                do="give a smaller --set collect.tokens_per_batch or data.max_length, and the same command again",
+            ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(rows) == 1:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradsift.errors import ConfigError, ModelError
-from gradsift.gradients import fused, lookups, on_cuda, roads
+from gradsift.gradients import calls, fused, lookups, on_cuda, roads
 from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
 from gradsift.gradients.edges import embedding_squares, head_squares
@@ -139,7 +139,9 @@ class GradientEngine:
             block.road = self.road
             if building:
                 block.mean = torch.zeros(block.rows, block.cols, dtype=self.dtype, device=self._device)
-        self._norms = roads.fast_norms(self._uses, self.dtype) if self.road == "fused" else {}
+        # Asking a norm takes its weight, which is not whole here where weights are dealt over processes.
+        asks = self.road == "fused" and not calls.is_bound(model)
+        self._norms = roads.fast_norms(self._uses, self.dtype) if asks else {}
         self._head_block = self._weight_block(self._head)
         self._embedding_block = self._weight_block(self._embedding)
         self._takes_positions = _accepts_positions(model)
@@ -256,7 +258,8 @@ class GradientEngine:
         self._reached = True
 
     def _gather(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        assert self._batch is not None
+        if self._batch is None:  # another process measures, and the model is called for its sake
+            return inputs
         hidden = inputs[0]
         if self.embedding_dim is not None:
             self._batch.embedding = pool_positions(hidden.detach().to(self.dtype), self._batch.lengths)
@@ -265,7 +268,7 @@ class GradientEngine:
     def _after_forward(
         self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
     ) -> None:
-        if not torch.is_grad_enabled() or not self._reached:
+        if self._batch is None or not torch.is_grad_enabled() or not self._reached:
             return
         if isinstance(
             output, tuple
@@ -288,7 +291,7 @@ class GradientEngine:
     ) -> None:
         """Wait for the output gradient of all experts' products with one fused parameter."""
         uses = [use for use in self._uses[module] if use.local in (local, f"{local}_bias")]
-        if not uses or not torch.is_grad_enabled() or not self._reached:
+        if self._batch is None or not uses or not torch.is_grad_enabled() or not self._reached:
             return
         if not y.requires_grad:
             y.requires_grad_(True)
@@ -389,7 +392,7 @@ class GradientEngine:
         Returns:
             Losses and embeddings.
         """
-        with self._running(input_ids, labels, lengths, prompt) as batch:
+        with calls.calling(self.model, None), self._running(input_ids, labels, lengths, prompt) as batch:
             got = self._sloped(self._logits(input_ids), labels, input_ids, slope=False)
             return Forwarded(
                 got.loss.cpu(), *(None if t is None else t.cpu() for t in (batch.embedding, got.prompt_loss))
@@ -425,7 +428,10 @@ class GradientEngine:
             held = hold_prompts(input_ids, labels, lengths)
             logits_of = self._after_prefix(held)
             input_ids, labels, lengths = held.input_ids, held.labels, held.lengths
-        with self._running(input_ids, labels, lengths, prompt) as batch:
+        with (
+            calls.calling(self.model, self.first_layer or 0),
+            self._running(input_ids, labels, lengths, prompt) as batch,
+        ):
             logits = logits_of(input_ids)
             got = self._sloped(logits, labels, input_ids)
             assert got.slope is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gradsift.data.batches import plan_order
 from gradsift.data.token_rows import content_of
@@ -29,6 +29,9 @@ from gradsift.store.shards import ShardResult, unit_name
 from gradsift.store.spec import GradientSpec
 from gradsift.store.writer import SignalWriter
 from gradsift.types import TokenRow
+
+if TYPE_CHECKING:
+    from gradsift.launch.lockstep import Lockstep
 
 
 class Released(Exception):
@@ -210,9 +213,10 @@ def is_suspect(unit: Unit, falls: Sequence[Fall]) -> bool:
 
 
 class Launch(Protocol):
-    """How the units of a pass are given to processes."""
+    """How the units of a pass are given to processes; ``lockstep`` where they hold one model together."""
 
     commits: bool
+    lockstep: Lockstep | None
 
     def wait_open(self, name: str, tick: Callable[[int, int], None]) -> None:
         """Wait until everything that a pass needs is on the disk; returns at once in the process that makes it."""
@@ -231,6 +235,7 @@ class Inline:
     """One process measures and commits one unit after the other."""
 
     commits = True
+    lockstep = None
 
     def wait_open(self, name: str, tick: Callable[[int, int], None]) -> None:
         """Do nothing: this process makes what it needs."""

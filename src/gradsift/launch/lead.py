@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import LaunchError, StoreError
 from gradsift.launch.bench import Bench, Unit, is_suspect
@@ -30,6 +30,9 @@ from gradsift.store.shards import ShardResult
 from gradsift.store.staging import adopt_staged, is_staged
 from gradsift.store.writer import SignalWriter
 from gradsift.types import Note
+
+if TYPE_CHECKING:
+    from gradsift.launch.lockstep import Lockstep
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 0.5  # between two looks for processes that are gone
@@ -68,6 +71,7 @@ class Lead:
 
     def __init__(self, board: Board, heart: Heart, seat: Seat, crew: Crew) -> None:
         self.board, self.seat, self.tally = board, seat, Tally()
+        self.lockstep: Lockstep | None = None
         self._heart, self._crew, self._measures = heart, crew, isinstance(crew, Nobody)
         self._passes: list[str] = []
         self._closed = self._edition = 0
@@ -140,14 +144,16 @@ class Lead:
                 continue
             writer.beat()
             bench.tick(0, 0)
-            time.sleep(POLL_SECONDS)
+            if self.lockstep is None or not self.lockstep.follow():
+                time.sleep(POLL_SECONDS)
         self._closed += 1
         self.publish()
         forget(bench.folder)
 
     def summary(self) -> dict[str, Any]:
         """Tell the manifest who measured: launcher, number of processes and what became of the units."""
-        return {"launcher": self.seat.launcher, "world": self.seat.world, **asdict(self.tally)}
+        fsdp = {} if self.lockstep is None else {"fsdp": self.lockstep.summary()}
+        return {"launcher": self.seat.launcher, "world": self.seat.world, **asdict(self.tally), **fsdp}
 
     def notes(self) -> tuple[Note, ...]:
         """Give the remarks for the report: what went wrong on the way and was made good."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradsift.errors import ConfigError
 
 LAUNCHERS = ("auto", "inline", "torchrun", "slurm-array", "ray")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP")
 
 
@@ -24,6 +25,7 @@ class Seat:
         local_rank: number of the rank on its machine, which picks its GPU.
         join_seconds: how long a worker waits for rank 0 to begin.
         gone_seconds: without a sign of life for so long, a process counts as gone.
+        fsdp: whether the ranks hold one navigator together.
     """
 
     launcher: str = "inline"
@@ -32,6 +34,7 @@ class Seat:
     local_rank: int = 0
     join_seconds: float = 300.0
     gone_seconds: float = 60.0
+    fsdp: bool = False
 
     @property
     def commits(self) -> bool:
@@ -54,7 +57,12 @@ class Seat:
 
 
 def find_seat(
-    launcher: str, workers: int | None, environment: Mapping[str, str], *, join_seconds: float = 300.0
+    launcher: str,
+    workers: int | None,
+    environment: Mapping[str, str],
+    *,
+    join_seconds: float = 300.0,
+    fsdp: bool = False,
 ) -> Seat:
     """Tell which process this is.
 
@@ -63,15 +71,32 @@ def find_seat(
         workers: number of Ray actors; elsewhere the processes are counted by whoever starts them.
         environment: ``os.environ``.
         join_seconds: how long a worker waits for rank 0 to begin.
+        fsdp: the ranks are to hold one navigator together.
 
     Returns:
         The seat; ``inline`` where there is one process.
 
     Raises:
-        ConfigError: an unknown launcher, workers without Ray, or variables that do not fit each other.
+        ConfigError: an unknown launcher, workers without Ray, variables that do not fit each other, or one navigator for
+            ranks that cannot meet.
     """
     if launcher not in LAUNCHERS:
         raise ConfigError("no such launcher", where="--launcher", got=launcher, expected=" | ".join(LAUNCHERS))
+    seat = _find(launcher, workers, environment, join_seconds)
+    if not fsdp:
+        return seat
+    missing = [name for name in _MEETING if not environment.get(name)]
+    if seat.launcher != "torchrun" or missing:
+        raise ConfigError(
+            "the ranks that hold one navigator together must meet", where="--fsdp and --launcher",
+            got=f"{seat.launcher}{' without ' + ' and '.join(missing) if seat.launcher == 'torchrun' else ''}",
+            expected="two or more ranks of torchrun or accelerate",
+            do="torchrun --nproc-per-node N -m gradsift select ... --fsdp, or leave --fsdp out",
+        )  # fmt: skip
+    return replace(seat, fsdp=True)
+
+
+def _find(launcher: str, workers: int | None, environment: Mapping[str, str], join_seconds: float) -> Seat:
     if workers is not None and (launcher != "ray" or workers < 1):
         raise ConfigError(
             "--workers counts Ray actors", where="--workers", got=f"{workers} with --launcher {launcher}",

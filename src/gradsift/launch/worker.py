@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import LaunchError, SpecError
 from gradsift.launch.bench import Bench, Released, Unit
@@ -16,6 +16,9 @@ from gradsift.launch.life import Heart, Watch
 from gradsift.launch.seat import Seat
 from gradsift.store.staging import stage
 from gradsift.store.writer import SignalWriter
+
+if TYPE_CHECKING:
+    from gradsift.launch.lockstep import Lockstep
 
 POLL_SECONDS = 0.2
 _DO = "run the same command again; what was committed or staged is kept"
@@ -36,6 +39,7 @@ class Worker:
     def __init__(self, board: Board, heart: Heart, lead: Watch, seat: Seat) -> None:
         self.board, self.seat = board, seat
         self.num_units = self.num_rows = 0
+        self.lockstep: Lockstep | None = None
         self._heart, self._lead = heart, lead
 
     def wait_open(self, name: str, tick: Callable[[int, int], None]) -> None:
@@ -54,7 +58,7 @@ class Worker:
             if name in passes or (not name and passes):
                 return
             tick(0, 0)
-            time.sleep(POLL_SECONDS)
+            self._pause()
 
     def collect(self, bench: Bench, writer: SignalWriter, after: Callable[[], None]) -> None:
         """Never called: another process commits.
@@ -98,10 +102,20 @@ class Worker:
             if len(state["passes"]) > place + 1:
                 return
             bench.tick(0, 0)
-            time.sleep(POLL_SECONDS)
+            self._pause()
             if state["closed"] <= place:  # rank 0 may have freed a unit of a process that is gone
                 taken = self.board.claimed(bench.name)
                 fresh.extend(unit for unit in units.values() if unit.key not in taken)
+
+    def _pause(self) -> None:
+        """Wait a little, or take part in what the others measure where all hold one model together."""
+        try:
+            followed = self.lockstep is not None and self.lockstep.follow()
+        except LaunchError:
+            self._look()  # rank 0 may have said why it went
+            raise
+        if not followed:
+            time.sleep(POLL_SECONDS)
 
     def _next(self, bench: Bench, fresh: deque[Unit]) -> Unit | None:
         while fresh:

@@ -45,10 +45,10 @@ def batch_checks(problem: Problem, selection: Selection, seed: int) -> dict[str,
         generator = stream(seed, f"batch_check/{size}").numpy()
         got = batch_conflict(dots[rows], problem.grad_norm[rows], part_of(problem.sketch, rows), size, generator)
         for m, name in enumerate(names):
-            low, middle, high = (float(v) for v in got.random[:, m])
+            low, middle, high = map(_known, got.random[:, m])
             table.append(
                 {"anchor": name, "batch_size": size, "num_batches": got.num_batches, "p05": low, "p50": middle,
-                 "p95": high, "predicted": float(got.predicted[m])}
+                 "p95": high, "predicted": _known(got.predicted[m])}
             )  # fmt: skip
 
     def whole(some: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -62,6 +62,11 @@ def batch_checks(problem: Problem, selection: Selection, seed: int) -> dict[str,
     chosen, every = whole(rows, selection.weights), whole(np.arange(problem.size))
     sets = [{"anchor": n, "selected": float(chosen[m]), "pool": float(every[m])} for m, n in enumerate(names)]
     return {"batch_check": table, "set_conflict": sets}
+
+
+def _known(value: float) -> float | None:
+    """NaN where a sum vanishes, or where noise in the sketches leaves the formula without an answer, is nothing in JSON."""
+    return float(value) if np.isfinite(value) else None
 
 
 def sketch_noise(problem: Problem) -> dict[str, Any] | None:

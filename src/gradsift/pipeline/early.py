@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradsift.data.token_rows import places
@@ -24,13 +25,27 @@ def check_early(prepared: Prepared) -> None:
         DataError: the pool, or a label of it, has too few usable rows.
     """
     _check_rows(prepared)
-    layers, path = prepared.method.needs.layers, prepared.resolved.folder / "config.json"
-    if layers and path.is_file():
-        config = json.loads(path.read_text("utf-8"))
-        config = config.get("text_config") or config
-        found = config.get("num_hidden_layers", config.get("n_layer"))
-        if isinstance(found, int):  # elsewhere it is refused when the model has loaded
-            refuse_layers(layers, found)
+    layers, found = prepared.method.needs.layers, layer_count(prepared.resolved.folder)
+    if layers and found is not None:  # elsewhere it is refused when the model has loaded
+        refuse_layers(layers, found)
+
+
+def layer_count(folder: Path) -> int | None:
+    """Read the number of decoder layers from a model's configuration.
+
+    Args:
+        folder: a model folder.
+
+    Returns:
+        The number, or None where the configuration does not say it by a known name.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text("utf-8"))
+    config = config.get("text_config") or config
+    found = config.get("num_hidden_layers", config.get("n_layer"))
+    return found if isinstance(found, int) else None
 
 
 def _check_rows(prepared: Prepared) -> None:

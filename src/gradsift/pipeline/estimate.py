@@ -18,6 +18,7 @@ from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.measure import measured_rows
 from gradsift.pipeline.memory import PassMemory, pass_memory, resident, with_budget
+from gradsift.pipeline.pass_cost import ScreenPlan, pass_work, plan_screen
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.probe_design import design_probes
 from gradsift.pipeline.progress import Clock, Progress
@@ -45,7 +46,7 @@ class Plan:
         held_bytes: what this process holds now, libraries and rows.
         tokens_per_batch: the budget of a micro-batch, as given or as it was chosen.
         disk_bytes: signals on disk.
-        seconds: wall time of the measuring, rough.
+        seconds: wall time of the measuring without a screen, rough.
         remarks: notes on the data.
         num_probes: short trainings.
         trained_by_probes: tokens they train on, repeats included.
@@ -53,6 +54,7 @@ class Plan:
         warmup_tokens: tokens that the navigator is trained on before the pass.
         num_passes: passes over the pool, one per checkpoint.
         proxy: what trainings in rounds would take.
+        screen: what its two stages would take; None without one.
     """
 
     rows: dict[str, int]
@@ -74,6 +76,7 @@ class Plan:
     warmup_tokens: int = 0
     num_passes: int = 1
     proxy: ProxyTokens = field(default_factory=ProxyTokens)
+    screen: ScreenPlan | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -112,9 +115,14 @@ class Plan:
             both, forward = f"about {self.proxy.both:,} tokens forward and backward", f"{self.proxy.forward:,} forward"
             trainings = f"{self.proxy.num_runs} training{'s' * (self.proxy.num_runs > 1)} in rounds"
             yield "proxy", f"{trainings}: {both}, {forward}"
+        if self.screen is not None:
+            yield "screen", self.screen.words()
         yield "memory", f"about {_size(self.memory_bytes)} at the peak" + self._parts()
         yield "disk", f"about {self.disk_bytes / 2**20:.1f} MiB of signals"
-        yield "time", f"about {human_time(self.seconds)} to measure (within a factor of two)"
+        times = (
+            [self.seconds] if self.screen is None else [self.seconds * n for n in (self.screen.least, self.screen.most)]
+        )
+        yield "time", f"about {' to '.join(map(human_time, times))} to measure (within a factor of two)"
         for remark in self.remarks:
             yield "note", remark
 
@@ -169,7 +177,8 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
     num_probes, trained, judged = _probes(prepared)
     warmed, passes = _warmup(prepared)
     proxy = proxy_tokens(prepared)
-    products = {"text": 0, "forward": 2, "probe": 2, "proxy": 2, "gradient": 4 if lora else 6.5}[cost]
+    whole = pass_work(prepared, recipe.collect) if cost == "gradient" else 0.0
+    products = {"text": 0, "forward": 2, "probe": 2, "proxy": 2, "gradient": whole}[cost]
     work = products * passes * sum(measured.values()) + (4 if lora else 6) * (trained + warmed + proxy.both)
     work += 2 * (judged + proxy.forward)
     seconds = counts * work / (REACHED * product_speed()) if measured else 0.0
@@ -198,6 +207,7 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         warmup_tokens=warmed,
         num_passes=passes,
         proxy=proxy,
+        screen=plan_screen(prepared),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from gradsift.gradients.directions import (
 )
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
-from gradsift.gradients.upper import choose_upper
+from gradsift.gradients.upper import Upper, choose_upper
 from gradsift.launch.bench import Bench
 from gradsift.launch.flight import Flight, Watchdog
 from gradsift.manifest import hash_parts, make_folder, versions
@@ -45,6 +45,7 @@ from gradsift.pipeline.active import activate
 from gradsift.pipeline.asked import covered_by, held_note, spec_of, wants_edges, wants_gradients
 from gradsift.pipeline.embedding import embed_target, wants_embedding
 from gradsift.pipeline.forward import told_apart, wanted_extras
+from gradsift.pipeline.fsdp import load_shared
 from gradsift.pipeline.noise import noise_of
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.progress import Clock
@@ -161,25 +162,12 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
     """
     recipe, gradients = prepared.recipe, wants_gradients(prepared, out)
     notes: list[Note] = []
-    with clock.stage("load"):
-        navigator = load_navigator(prepared.resolved, dtype=recipe.navigator.dtype, device=recipe.navigator.device)
-        notes += navigator.notes
-        _check_fit(prepared, navigator)
-    # A worker goes on when rank 0 has made the adapter, the anchors' rows and the directions, and reads them back.
     signals = part.signals if at is None else at.signals
-    prepared.launch.wait_open(signals, lambda n, tokens: clock.tick("wait", n, tokens))
+    navigator, (model, parameters, upper, remarks) = _load(
+        prepared, signals, lambda navigator: _entered(prepared, navigator, at, gradients, out, clock), clock
+    )
+    notes += [*navigator.notes, *remarks]
     rows = measured_rows(prepared)
-    model: Any = navigator.model
-    if at is not None and at.checkpoint is not None:
-        with clock.stage("adapter"):
-            model, remark = enter_checkpoint(prepared, navigator, at.checkpoint)
-            notes += remark
-    elif recipe.navigator.parameters == "lora" and gradients:
-        with clock.stage("adapter"):
-            model, remark = with_adapter(prepared, navigator, rows, out, clock)
-            notes += remark
-    parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
-    upper = choose_upper(model, parameters, recipe.collect.layers) if gradients and recipe.collect.layers else None
     names = () if not gradients else parameters.names if upper is None else upper.parameters.names
     first_layer = None if upper is None else upper.first
     active = activate(prepared, navigator, model, names, out, clock, first_layer)
@@ -244,6 +232,51 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
         sketch_directions(built) if built else None,
         *_directions_kept(prepared, at, run, rows, built, store, folder),
     )
+
+
+_Entered = tuple["nn.Module", Parameters, Upper | None, list[Note]]
+
+
+def _load(
+    prepared: Prepared, signals: str, enter: Callable[[Navigator], _Entered], clock: Clock
+) -> tuple[Navigator, _Entered]:
+    """Load the navigator and choose what is measured of it, together with the other ranks where they share it."""
+    wanted, lockstep = prepared.recipe.navigator, prepared.launch.lockstep
+
+    def load(device: str) -> Navigator:
+        with clock.stage("load"):
+            navigator = load_navigator(prepared.resolved, dtype=wanted.dtype, device=device)
+            _check_fit(prepared, navigator)
+            return navigator
+
+    def wait() -> None:
+        # A worker goes on when rank 0 has made the adapter, the anchors' rows and the directions, and reads them back.
+        prepared.launch.wait_open(signals, lambda n, tokens: clock.tick("wait", n, tokens))
+
+    if lockstep is not None:
+        found = load_shared(lockstep, load, enter)
+        wait()
+        return found
+    navigator = load(wanted.device)
+    wait()
+    return navigator, enter(navigator)
+
+
+def _entered(
+    prepared: Prepared, navigator: Navigator, at: At | None, gradients: bool, out: Path, clock: Clock
+) -> _Entered:
+    """Put the adapter on, and choose the parameters and layers that are measured."""
+    recipe, remarks = prepared.recipe, list[Note]()
+    model: Any = navigator.model
+    if at is not None and at.checkpoint is not None:
+        with clock.stage("adapter"):
+            model, remarks = enter_checkpoint(prepared, navigator, at.checkpoint)
+    elif recipe.navigator.parameters == "lora" and gradients:
+        with clock.stage("adapter"):
+            model, remarks = with_adapter(prepared, navigator, measured_rows(prepared), out, clock)
+    parameters = choose_parameters(model, recipe.navigator.parameters if gradients else "all")
+    upper = choose_upper(model, parameters, recipe.collect.layers) if gradients and recipe.collect.layers else None
+    return model, parameters, upper, list(remarks)
 
 
 def _directions_kept(

@@ -21,6 +21,7 @@ from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.audit import audit_table, with_probes, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
+from gradsift.pipeline.fsdp import check_fsdp
 from gradsift.pipeline.learner import NavigatorLearner
 from gradsift.pipeline.measure import Measurement, measured_rows, refuse_weak
 from gradsift.pipeline.memory import with_budget
@@ -84,6 +85,7 @@ def select(
     budget = asked = parse_budget(recipe.budget)
     check_alone(recipe, seat)
     method = make_method(recipe.method.name, recipe.method.settings)
+    check_fsdp(recipe, method, seat)
     _check_folder(out)
     prepared = prepare(recipe, method, clock)
     if method.needs.probes is not None:

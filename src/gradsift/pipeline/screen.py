@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gradsift.data.token_rows import TokenRows
-from gradsift.errors import ConfigError, InfeasibleError
+from gradsift.errors import InfeasibleError
 from gradsift.evaluate.ranks import spearman_interval
 from gradsift.geometry.screen import (
     Possible,
@@ -35,6 +35,7 @@ from gradsift.geometry.screen import (
 )
 from gradsift.methods.taking import resolve_budget
 from gradsift.pipeline.measure import Measurement, Part, measure, refuse_weak
+from gradsift.pipeline.pass_cost import cheap_collect, refuse_small
 from gradsift.pipeline.prepare import Prepared
 from gradsift.pipeline.problem import build_problem
 from gradsift.pipeline.progress import Clock
@@ -42,7 +43,6 @@ from gradsift.seeds import stream
 from gradsift.types import Budget, Note, Problem, RowStatus, Selection, TokenRow
 
 SIGNALS = "screen"  # folder of the screen's store in the run folder
-FEW = 20  # rows that a pool must have beyond those that are measured anyway
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def measure_screened(prepared: Prepared, budget: Budget, out: Path, clock: Clock
     cheap_clock, exact_clock = Clock(clock.progress), Clock(clock.progress)
     cheap = measure(_cheaply(prepared, config.by), out, cheap_clock, part=Part(SIGNALS))
     problem = build_problem(prepared, cheap)
-    _refuse_small(problem, prepared)
+    refuse_small(problem.size, config)
     allowance = resolve_budget(problem, budget)
     budget = Budget(rows=allowance.rows, tokens=allowance.tokens)
     calibrate = _draw(problem.ids, config.calibrate, seed, "screen/calibrate")
@@ -264,9 +264,8 @@ def _draw(ids: Sequence[str], count: int, seed: int, name: str) -> frozenset[str
 
 
 def _cheaply(prepared: Prepared, by: str) -> Prepared:
-    part = {"positions": "trained"} if by == "trained" else {"layers": by}
-    collect = prepared.recipe.collect.model_copy(update={**part, "signals": "auto"})
-    return dataclasses.replace(prepared, recipe=prepared.recipe.model_copy(update={"collect": collect}))
+    recipe = prepared.recipe.model_copy(update={"collect": cheap_collect(prepared, by)})
+    return dataclasses.replace(prepared, recipe=recipe)
 
 
 def _only(prepared: Prepared, ids: Set[str], cheap: Measurement) -> Prepared:
@@ -295,16 +294,3 @@ def _only(prepared: Prepared, ids: Set[str], cheap: Measurement) -> Prepared:
 
 def _with_status(row: TokenRow, status: RowStatus, reason: str) -> TokenRow:
     return dataclasses.replace(row, status=status, reason=reason)
-
-
-def _refuse_small(problem: Problem, prepared: Prepared) -> None:
-    config = prepared.recipe.screen
-    least = config.calibrate + config.certify + FEW
-    if problem.size < least:
-        raise ConfigError(
-            "the pool is too small for a screen",
-            where="--screen, screen.calibrate and screen.certify",
-            got=f"{problem.size} eligible rows",
-            expected=f"at least {least}: {config.calibrate} to calibrate, {config.certify} to certify, and some to leave out",
-            do="leave --screen out: measuring every row costs no more",
-        )

@@ -12,12 +12,13 @@ from typing import Any
 from gradsift.launch.actors import Actors
 from gradsift.launch.bench import Released
 from gradsift.launch.board import LAUNCH
-from gradsift.launch.lead import leading
+from gradsift.launch.lead import Lead, leading
 from gradsift.launch.seat import Seat
-from gradsift.launch.worker import ended_run, joined
+from gradsift.launch.worker import Worker, ended_run, joined
 from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.checkpoints import measure_trained
+from gradsift.pipeline.fsdp import check_fsdp
 from gradsift.pipeline.measure import Measurement, measured_rows
 from gradsift.pipeline.memory import with_budget
 from gradsift.pipeline.prepare import Prepared, prepare
@@ -71,8 +72,10 @@ def measure_together(prepared: Prepared, out: Path, clock: Clock, seat: Seat | N
     if seat.launcher == "ray":
         gpu = prepared.recipe.navigator.device != "cpu" and _num_gpus() > 0
         crew = Actors(seat, act, prepared.recipe.model_dump(mode="json"), out, gpu=gpu)
-    with leading(out, seat, crew) as lead:
+    with leading(out, seat, crew) as lead, _together(lead, prepared, seat, clock):
         measured = measure_trained(dataclasses.replace(prepared, launch=lead), out, clock)
+        if lead.lockstep is not None:
+            lead.lockstep.end()
         return dataclasses.replace(measured, notes=measured.notes + lead.notes(), launch=lead.summary())
 
 
@@ -97,7 +100,9 @@ def serve(recipe: Recipe, out: Path, seat: Seat, *, run: str | None = None, prog
     ended = ended_run(out / LAUNCH)
     device = seat.device(recipe.navigator.device, _num_gpus())
     recipe = recipe.model_copy(update={"navigator": recipe.navigator.model_copy(update={"device": device})})
-    prepared = prepare(recipe, make_method(recipe.method.name, recipe.method.settings), clock)
+    method = make_method(recipe.method.name, recipe.method.settings)
+    check_fsdp(recipe, method, seat)
+    prepared = prepare(recipe, method, clock)
     if not needs_model(recipe, prepared):
         return Served(seat.rank, 0, 0)
     prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
@@ -106,6 +111,7 @@ def serve(recipe: Recipe, out: Path, seat: Seat, *, run: str | None = None, prog
         joined(
             out / LAUNCH, seat, lambda rows, tokens: clock.tick("wait", rows, tokens), run=run, ended=ended
         ) as worker,
+        _together(worker, prepared, seat, clock),
     ):
         try:
             if prepared.method.needs.warmup is not None:
@@ -132,6 +138,22 @@ def act(recipe: Mapping[str, Any], out: Path, seat: Mapping[str, Any], run: str,
     """
     os.chdir(folder)
     return dataclasses.asdict(serve(build_recipe(dict(recipe)), out, Seat(**seat), run=run))
+
+
+@contextmanager
+def _together(launch: Lead | Worker, prepared: Prepared, seat: Seat, clock: Clock) -> Iterator[None]:
+    """Meet the other ranks, where all hold one model together."""
+    if not seat.fsdp:
+        yield
+        return
+    from gradsift.launch.lockstep import in_lockstep
+    from gradsift.models.load import resolve_device
+    from gradsift.models.shard import refuse_quantized
+
+    refuse_quantized(prepared.resolved.folder)
+    device = resolve_device(seat.device(prepared.recipe.navigator.device, _num_gpus()))
+    with in_lockstep(seat, device, lambda rows, tokens: clock.tick("wait", rows, tokens)) as launch.lockstep:
+        yield
 
 
 @contextmanager

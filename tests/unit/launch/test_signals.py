@@ -110,3 +110,12 @@ def test_a_stop_is_not_taken_for_a_librarys_error(monkeypatch):
 
     with pytest.raises(Interrupted):
         loads()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_one_asked_to_stop_in_its_last_moments_does_not_end_with_code_0(number):
+    """The page is being drawn: no micro-batch follows, and whoever sent the signal reads the code."""
+    screen = Screen(Console(quiet=True), "gradsift select --out run")
+    with pytest.raises(Interrupted) as raised, screen.watching_signals():
+        os.kill(os.getpid(), number)
+    assert raised.value.exit_code == 128 + number
