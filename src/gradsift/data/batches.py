@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
-from gradsift.data.tokens import TokenRows
+from gradsift.data.token_rows import TokenRows
 from gradsift.types import TokenRow
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradsift.data.pool import STATUSES, Pool
+from gradsift.data.rows import STATUSES, Pool
 from gradsift.data.tables import TableRows
 from gradsift.errors import DiskFullError
 from gradsift.manifest import write_json_atomic

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from gradsift.data.spool import Spooled
+
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "hub"]
 MAX_DEPTH = 128
 _JSON_NAMES = {str: "string", list: "list", bool: "boolean", type(None): "null"}
@@ -68,14 +70,14 @@ class RawRows(Protocol):
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows kept as the bytes of their JSON line.
+    """Rows kept as the bytes of their JSON line; on the disk where they are many.
 
     Args:
         lines: N lines without newline.
         problems: reasons for rows that failed before they had a line, by position.
     """
 
-    lines: list[bytes]
+    lines: Spooled
     problems: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ class Lines:
     @property
     def num_bytes(self) -> int:
         """Bytes of all lines."""
-        return sum(map(len, self.lines))
+        return self.lines.num_bytes
 
     def at(self, row: int) -> Parsed:
         """Parse one line.

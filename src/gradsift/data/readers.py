@@ -19,7 +19,7 @@ import numpy as np
 
 from gradsift.data.line_file import LineFile, refuse_other, stamp_of
 from gradsift.data.lines import Kind, Lines, Opened, to_line
-from gradsift.data.spool import BLOCK
+from gradsift.data.spool import BLOCK, Spool
 from gradsift.errors import DataError
 
 SUFFIXES: dict[str, Kind] = {
@@ -122,9 +122,9 @@ def _read_json(path: Path, body: bytes) -> Lines:
             expected='[{"text": "..."}, ...]',
             do="rename it to .jsonl if each line is an object; otherwise save the list of rows alone",
         )
-    lines: list[bytes] = []
+    lines = Spool()
     position = _skip_blank(text, position + 1)
-    while lines or not text.startswith("]", position):
+    while len(lines) or not text.startswith("]", position):
         try:
             _, end = _SCANNER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
@@ -139,7 +139,7 @@ def _read_json(path: Path, body: bytes) -> Lines:
         position = _skip_blank(text, position + 1)
     if _skip_blank(text, position + 1) != len(text):
         raise _not_json(path, f"there is more after the list, at character {position + 1}")
-    return Lines(lines)
+    return Lines(lines.seal())
 
 
 def _skip_blank(text: str, position: int) -> int:
@@ -171,14 +171,14 @@ def _read_csv(path: Path, body: bytes) -> Lines:
         # strict: an unclosed quote would otherwise swallow the rest of the file into one cell without a word
         reader = csv.reader(source(), strict=True)
         header = _csv_header(path, reader)
-        lines: list[bytes] = []
+        lines = Spool()
         problems: dict[int, str] = {}
         while True:
             taken.clear()
             try:
                 cells = next(reader)
             except StopIteration:
-                return Lines(lines, problems)
+                return Lines(lines.seal(), problems)
             except csv.Error as error:
                 cells, problem = None, f"the CSV row cannot be read: {error}"
             else:

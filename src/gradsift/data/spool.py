@@ -35,6 +35,9 @@ class Spool:
         self._file: Handle | None = None
         self._ends = array("q")
 
+    def __len__(self) -> int:
+        return len(self._ends)
+
     def append(self, data: bytes) -> None:
         """Add a string.
 

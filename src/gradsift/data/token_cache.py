@@ -21,8 +21,9 @@ import numpy as np
 from gradsift.data import spool
 from gradsift.data.cache import cache_folder, disk_errors, published_folder, remove_old, sha256_file
 from gradsift.data.pool import Pool
+from gradsift.data.token_rows import TokenRows
 from gradsift.data.tokenize import MaskRule, tokenize_rows
-from gradsift.data.tokens import DTYPES, TokenColumns, TokenPart, TokenRows, TokenTable, damaged, pack
+from gradsift.data.tokens import DTYPES, TokenColumns, TokenPart, TokenTable, damaged, pack
 from gradsift.manifest import canonical_json, hash_parts, seal, unseal
 from gradsift.types import TokenRow
 

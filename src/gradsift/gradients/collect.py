@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gradsift.data.batches import collate, plan_batches
-from gradsift.data.tokens import content_of
+from gradsift.data.token_rows import content_of
 from gradsift.errors import ConfigError, NumericsError
 from gradsift.gradients import calls
 from gradsift.gradients.embed import content_order, reorder, unit_distance

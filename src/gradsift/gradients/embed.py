@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsift.data.tokens import content_of
+from gradsift.data.token_rows import content_of
 from gradsift.types import TokenRow
 
 

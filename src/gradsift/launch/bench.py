@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gradsift.data.batches import plan_order
-from gradsift.data.tokens import content_of
+from gradsift.data.token_rows import content_of
 from gradsift.errors import LaunchError
 from gradsift.launch.flight import (
     Fall,

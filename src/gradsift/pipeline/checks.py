@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.data.show import segments
-from gradsift.data.tokens import among
+from gradsift.data.token_rows import among
 from gradsift.geometry.batch import batch_conflict
 from gradsift.geometry.rows import part_of, row_sum
 from gradsift.pipeline.measure import Measurement

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradsift.data.tokens import places
+from gradsift.data.token_rows import places
 from gradsift.errors import DataError
 from gradsift.gradients.taps import refuse_layers
 

@@ -15,7 +15,7 @@ from gradsift.data.columns import read_columns
 from gradsift.data.ngrams import importance_weights
 from gradsift.data.prompts import prompt_and_response, prompt_mask
 from gradsift.data.token_cache import tokenize_pool
-from gradsift.data.tokens import places, texts_of
+from gradsift.data.token_rows import places, texts_of
 from gradsift.gradients.taps import Extras, find_layers, hidden_name, refuse_layers, start_token
 from gradsift.models.load import tokenizer_sha256
 from gradsift.store.spec import kept_specs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from gradsift.data.tokens import TokenRows, among
+from gradsift.data.token_rows import TokenRows, among
 from gradsift.errors import ConfigError, DataError, ModelError
 from gradsift.geometry.anchors import split_half
 from gradsift.geometry.checkpoints import Warmup

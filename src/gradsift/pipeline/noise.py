@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gradsift.data.tokens import sorted_by_id
+from gradsift.data.token_rows import sorted_by_id
 from gradsift.gradients.collect import Pass, measure_noise
 from gradsift.manifest import hash_parts, write_json_atomic
 from gradsift.seeds import stream

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gradsift.data.columns import read_columns
 from gradsift.data.pool import Pool, read_pool
 from gradsift.data.token_cache import tokenize_pool
+from gradsift.data.token_rows import TokenRows, content_of
 from gradsift.data.tokenize import MaskRule, mask_rule
-from gradsift.data.tokens import TokenRows, content_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.launch.bench import INLINE, Launch
 from gradsift.methods import Method

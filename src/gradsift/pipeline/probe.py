@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.data.tokens import content_of
+from gradsift.data.token_rows import content_of
 from gradsift.errors import NumericsError
 from gradsift.gradients.collect import Pass, measure_shard
 from gradsift.gradients.hooks import GradientEngine

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.data.tokens import content_of
+from gradsift.data.token_rows import content_of
 from gradsift.errors import ConfigError
 from gradsift.geometry.likeness import token_likeness
 from gradsift.geometry.trust import cap_copies, likely_domain

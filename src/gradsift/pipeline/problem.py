@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gradsift.data.lexical import lexical_scores
-from gradsift.data.tokens import pick, places, sorted_by_id, texts_of
+from gradsift.data.token_rows import pick, places, sorted_by_id, texts_of
 from gradsift.pipeline.checkpoints import checkpoint_fields
 from gradsift.pipeline.forward import extra_fields, text_fields
 from gradsift.pipeline.measure import Measurement

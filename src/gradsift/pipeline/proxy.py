@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.data.tokens import content_of
+from gradsift.data.token_rows import content_of
 from gradsift.geometry.round_record import plain
 from gradsift.geometry.trajectory import Domains, Plan, Rule, Trajectory, play
 from gradsift.manifest import canonical_json, hash_parts, make_folder, write_bytes_atomic

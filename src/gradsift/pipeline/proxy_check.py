@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from gradsift.data.tokens import places
+from gradsift.data.token_rows import places
 from gradsift.errors import DataError
 from gradsift.geometry.cluster import default_num_clusters
 from gradsift.geometry.trajectory import Plan

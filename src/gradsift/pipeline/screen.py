@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.data.tokens import TokenRows
+from gradsift.data.token_rows import TokenRows
 from gradsift.errors import InfeasibleError
 from gradsift.evaluate.ranks import spearman_interval
 from gradsift.geometry.screen import (

@@ -23,8 +23,9 @@ from gradsift.data.ids import IdsBuilder
 from gradsift.data.pool import Pool, open_source, read_pool
 from gradsift.data.spool import Remarks, Spool
 from gradsift.data.token_cache import tokenize_pool
+from gradsift.data.token_rows import TokenRows, among, content_of, pick, places, sorted_by_id
 from gradsift.data.tokenize import mask_rule, tokenize_rows
-from gradsift.data.tokens import TokenRows, among, content_hash, content_of, pick, places, sorted_by_id
+from gradsift.data.tokens import content_hash
 from gradsift.errors import DataError
 from gradsift.recipe import SourceConfig
 from gradsift.types import RowStatus, TokenRow
@@ -212,6 +213,21 @@ def test_a_large_parquet_file_is_spooled_and_equal_to_the_small_road(tmp_path, d
     written = [write_selected(pool, ids, tmp_path / name).paths for pool, name in ((large, "l"), (small, "s"))]
     assert [path.read_bytes() for path in written[0]] == [path.read_bytes() for path in written[1]]
     assert list((disk / "spool").iterdir()) == []
+
+
+def test_json_lists_and_csv_are_spooled_line_by_line(tmp_path, disk, monkeypatch):
+    (tmp_path / "a.json").write_text('[{"text": "a b",\n "n": 1.0}, {"text": 5}, {"text": "a b", "n": 1.0}]')
+    (tmp_path / "a.csv").write_text('text,n\nx,1\nbad\n"y\nz",2\n')
+    sources = [SourceConfig(label=name, path=str(tmp_path / f"a.{name}")) for name in ("json", "csv")]
+    large = read_pool(sources)
+    assert large.parts[1].num_bytes > spool.IN_MEMORY
+    monkeypatch.setattr(spool, "IN_MEMORY", 1 << 24)
+    small = read_pool(sources)
+    assert list(large.rows) == list(small.rows)
+    raw = [large.raw(i) for i in range(6)]
+    assert raw == [small.raw(i) for i in range(6)]
+    assert raw[4] == b"bad"
+    assert raw[5] == b'{"text":"y\\nz","n":"2"}'
 
 
 # Tokens
