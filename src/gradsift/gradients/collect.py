@@ -84,13 +84,28 @@ def measure_shard(run: Pass, rows: Sequence[TokenRow]) -> ShardResult:
         Their signals and statuses, in the order given.
     """
     parts, statuses = [], []
-    for batch in plan_batches(rows, range(len(rows)), run.tokens_per_batch):
+    order = packing_order(rows) if run.gradients and run.engine.trained_only else list(range(len(rows)))
+    for batch in plan_batches(rows, order, run.tokens_per_batch):
         some = [rows[i] for i in batch]
         for values, part in _with_back_off(run, some):
             parts.append(values)
             statuses += [_status(values, k, row, run.gradients) for k, row in enumerate(part)]
         run.tick(len(some), sum(row.num_tokens for row in some))
-    return _result(run, rows, parts, statuses)
+    result = _result(run, [rows[i] for i in order], parts, statuses)
+    return result if order == list(range(len(rows))) else result.take(np.argsort(order))
+
+
+def packing_order(rows: Sequence[TokenRow]) -> list[int]:
+    """Order rows of like length for held prompts: by what comes after the prompt, so that neither half is much padded.
+
+    Args:
+        rows: n usable token rows.
+
+    Returns:
+        A permutation of 0..n-1: by the tokens from the one that predicts the first trained token on, then as given.
+    """
+    tails = [row.num_tokens - int(row.trained[1:].argmax()) for row in rows]
+    return sorted(range(len(rows)), key=lambda i: tails[i])
 
 
 def unmeasured(run: Pass, rows: Sequence[TokenRow], status: RowStatus, reasons: Sequence[str]) -> ShardResult:

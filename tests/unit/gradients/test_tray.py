@@ -125,10 +125,13 @@ def test_a_batch_that_broke_off_leaves_nothing():
     parts = [part_of(block, [3, 2], torch.Generator().manual_seed(0)) for block in blocks]
     tray.plan(blocks, 2)
     tray.add(blocks[0], parts[0], empty(2, 2, 61))  # and an error came
-    tray.plan(blocks, 2)
-    got = empty(2, 2, 61)
+    parts = [part_of(block, [3, 2, 4], torch.Generator().manual_seed(0)) for block in blocks]
+    want, got = one_by_one(blocks, parts, 3, 2, 61), empty(3, 2, 61)
+    tray.plan(blocks, 3)
+    for block, part in zip(blocks, parts, strict=True):
+        tray.add(block, part, got)
     tray.measure()
-    check(got, empty(2, 2, 61))
+    check(got, want)
 
 
 def test_tall_and_folded_parameters_have_no_place():
