@@ -235,7 +235,7 @@ class Inline:
     """One process measures and commits one unit after the other."""
 
     commits = True
-    lockstep = None
+    lockstep: Lockstep | None = None
 
     def wait_open(self, name: str, tick: Callable[[int, int], None]) -> None:
         """Do nothing: this process makes what it needs."""

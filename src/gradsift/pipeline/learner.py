@@ -66,7 +66,7 @@ class NavigatorLearner:
         config = LoopConfig(
             lr=recipe.rollout.lr, total_steps=1, seed=recipe.seed, tokens_per_batch=recipe.collect.tokens_per_batch
         )
-        sets = {source.name: source.tokens for source in prepared.dev}
+        sets = {source.name: tuple(source.tokens) for source in prepared.dev}
         target = sets.pop("target")
         dev = DevSets(target, sets, prepared.pad_id, recipe.collect.tokens_per_batch)
         updates = max(1, -(-self._width // self._batch_rows))
