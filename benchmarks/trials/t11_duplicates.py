@@ -78,7 +78,8 @@ def usable(planted: Planted, dedup: Literal["drop", "keep"] = "drop") -> list[To
         path = Path(folder) / "pool.jsonl"
         path.write_text("".join(json.dumps({"text": planted.texts[name]}) + "\n" for name in names))
         pool = read_pool([SourceConfig(label="pool", path=str(path))], dedup=dedup)
-    return [planted.rows[n] for n, row in zip(names, pool.rows, strict=True) if row.status != RowStatus.DUPLICATE]
+        statuses = [row.status for row in pool.rows]  # rows stay in the file
+    return [planted.rows[n] for n, status in zip(names, statuses, strict=True) if status != RowStatus.DUPLICATE]
 
 
 def recall(sketch: np.ndarray, ids: tuple[str, ...], planted: Planted, seed: int) -> dict[str, Any]:

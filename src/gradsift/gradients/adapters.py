@@ -27,18 +27,30 @@ class Adapted:
     """The parts of one adapted layer, all of one dtype.
 
     Args:
-        weight: [rows, cols] of the layer itself, frozen.
-        bias: [rows] or None.
+        base: the layer itself, frozen; asked for its weight at every call, since that may be whole only while it runs.
+        rows: length of its output.
         a: the module of A [r, cols].
         b: the module of B [rows, r].
         scaling: factor of the product.
     """
 
-    weight: Float[Tensor, "rows cols"]
-    bias: Float[Tensor, " rows"] | None
+    base: nn.Module
+    rows: int
     a: nn.Linear
     b: nn.Linear
     scaling: float
+
+    @property
+    def weight(self) -> Float[Tensor, "rows cols"]:
+        """The layer's weight as torch's linear layers have it."""
+        weight: Any = self.base.weight
+        return weight.detach() if type(self.base) is nn.Linear else weight.detach().t()
+
+    @property
+    def bias(self) -> Float[Tensor, " rows"] | None:
+        """The layer's bias, if it has one."""
+        bias: Any = self.base.bias
+        return None if bias is None else bias.detach()
 
 
 class _Step(torch.autograd.Function):
@@ -55,7 +67,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         layer: Adapted = ctx.layer
         x, between = ctx.saved_tensors
-        g = grads[0].reshape(-1, layer.weight.shape[0])
+        g = grads[0].reshape(-1, layer.rows)
         steep = torch.mm(g, layer.b.weight).mul_(layer.scaling)
         lead = x.shape[:-1]
         ctx.arrived(layer.b, between.view(*lead, -1), g.view(*lead, -1))
@@ -68,8 +80,8 @@ class _Step(torch.autograd.Function):
 
 def _apply(x: Float[Tensor, "*lead cols"], layer: Adapted) -> tuple[Float[Tensor, "*lead rows"], Float[Tensor, "n r"]]:
     flat = x.reshape(-1, x.shape[-1])
-    weight = layer.weight.t()
-    out = torch.mm(flat, weight) if layer.bias is None else torch.addmm(layer.bias, flat, weight)
+    weight, bias = layer.weight.t(), layer.bias
+    out = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
     between = torch.mm(flat, layer.a.weight.t()).mul_(layer.scaling)
     return out.addmm_(between, layer.b.weight.t()).view(*x.shape[:-1], -1), between
 
@@ -102,8 +114,7 @@ def read(module: nn.Module) -> Adapted | None:
     weights = [base.weight, a.weight, b.weight]
     if a.bias is not None or b.bias is not None or len({w.dtype for w in weights}) > 1 or base.weight.dtype not in FULL:
         return None
-    weight = base.weight.detach() if type(base) is nn.Linear else base.weight.detach().t()
-    return Adapted(weight, None if base.bias is None else base.bias.detach(), a, b, float(layer.scaling[name]))
+    return Adapted(base, b.out_features, a, b, float(layer.scaling[name]))
 
 
 @contextmanager
@@ -124,7 +135,7 @@ def stepping(module: nn.Module, layer: Adapted, tracks: Callable[[Tensor], bool]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         off: Any = module
-        if args or kwargs or x.dtype != layer.weight.dtype or off.disable_adapters or off.merged:
+        if args or kwargs or x.dtype != layer.a.weight.dtype or off.disable_adapters or off.merged:
             return plain(x, *args, **kwargs)
         if tracks(x):
             return _Step.apply(x, spark, layer, arrived)  # type: ignore[return-value]

@@ -285,7 +285,7 @@ class GradientEngine:
             both = (layer.a, layer.b)
 
             def tracks(_: Tensor, both: tuple[nn.Module, ...] = both) -> bool:
-                on = torch.is_grad_enabled() and self._reached
+                on = torch.is_grad_enabled() and self._reached and self._batch is not None
                 for one in both if on else ():
                     self._expect(one)
                 return on

@@ -33,6 +33,7 @@ CHANGES = {
     "truncation": "keep_end",
     "layers": "23 to 30 of 30",
     "positions": "trained",
+    "dots": "folded",
     "projection.dim": Projection(13, 42, "signfold-1"),
     "projection.seed": Projection(DIM, 43, "signfold-1"),
     "projection.version": Projection(DIM, 42, "signfold-2"),
