@@ -14,12 +14,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from gradsift.evaluate.statistics import MIN_SEEDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/methods"
 LAST = "## What compare measured here"
 FIGURES = "difference from plain random paired over the seeds with a 95% t interval, cost in plain training runs:"
 TEXT = "is to learn medical text from a pool with wrong, repeated and foreign rows; seeds {seeds}"
 LOSSES = "hypervolume of gain and kept general loss in nats per trained token"
+DEEP = (
+    "On [SmolLM2-135M](../results/README.md) (after a lesson in the general sets, so that there is something to forget; LoRA; learns "
+    "from 60 of about 174 DOMAIN rows with wrong, repeated and foreign ones among them; seeds {seeds}, arms fixed beforehand);"
+)
 INTRODUCTIONS = {
     "text-wide": (
         "In the [text world](../results/README.md) (a small model that has read no medical text "
@@ -33,11 +39,12 @@ INTRODUCTIONS = {
         "In the [text world](../results/README.md) (a small model that has read no medical text "
         f"{TEXT}, the method's own defaults, tried nowhere before); {LOSSES}, {FIGURES}"
     ),
-    "deep-medical": (
-        "On [SmolLM2-135M](../results/README.md) (after a lesson in the general sets, so that there is something to forget; LoRA; "
-        "learns from 60 of 174 medical rows with wrong, repeated and foreign ones among them; seeds {seeds}, arms fixed beforehand); "
-        f"{LOSSES}, {FIGURES}"
-    ),
+    "deep-medical": f"{DEEP.replace('DOMAIN', 'medical')} {LOSSES}, {FIGURES}",
+    "deep-legal": f"{DEEP.replace('DOMAIN', 'legal')} {LOSSES}, {FIGURES}",
+    "deep-financial": f"{DEEP.replace('DOMAIN', 'financial')} {LOSSES}, {FIGURES}",
+    "deep-family": f"{DEEP.replace('DOMAIN', 'medical')} the family's study, own defaults; {LOSSES}, {FIGURES}",
+    "deep-family-rest": f"{DEEP.replace('DOMAIN', 'medical')} the family's study, own defaults; {LOSSES}, {FIGURES}",
+    "deep-ogs": f"{DEEP.replace('DOMAIN', 'medical')} {LOSSES}, {FIGURES}",
     "arithmetic-development": (
         "In the [arithmetic world](../results/README.md) (planted truth; seeds {seeds}, on which our own methods were developed, so no "
         f"claim stands on them); hypervolume of general and domain accuracy, {FIGURES}"
@@ -52,32 +59,44 @@ def block(folder: str, arms: list[str]) -> str:
     mean = {arm["name"]: arm for arm in found["arms"]}
     beside = {one["arm"]: one["interval"] for one in found["against_random"]}
     why = {one["arm"]: one["why"] for one in found["missing"]}
+    seeds = sorted({seed for arm in found["arms"] for seed in arm["seeds"]})
     lines = ["| arm | hypervolume | minus random | cost |", "|---|---|---|---|"]
     for arm in arms:
         if arm not in mean:
-            lines.append(f"| {arm} | {' '.join(why[arm].split('where:')[0].split())} | | |")
+            lines.append(f"| {arm} | {why[arm].splitlines()[0]} | | |")
             continue
         gap = beside.get(arm)
         shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
-        lines.append(f"| {arm} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
-    seeds = sorted({seed for arm in found["arms"] for seed in arm["seeds"]})
+        few = len(mean[arm]["seeds"])
+        name = arm if few == len(seeds) else f"{arm}, {few} seeds"
+        lines.append(f"| {name} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
     said = INTRODUCTIONS[folder].replace("{seeds}", f"{seeds[0]} to {seeds[-1]}")
-    parts = [wrapped(said), "\n".join(lines), wrapped(verdict(found, [arm for arm in arms if arm in mean]))]
+    shown_arms = [arm for arm in arms if arm in mean]
+    parts = [
+        wrapped(said),
+        "\n".join(lines),
+        wrapped(f"{verdict(found, shown_arms)} {far_below(folder, found, shown_arms)}"),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
 def verdict(found: dict[str, Any], arms: list[str]) -> str:
     """Say which arms beat, or lost to, random and the best cheap arm, by their intervals."""
     said: dict[tuple[str, str], list[str]] = {}
+    few: dict[int, dict[str, None]] = {}
     cheap = f"`{found['best_cheap']}`, the best cheap arm there"
-    for name, pairs in (("random", found["against_random"]), (cheap, found["against_cheap"])):
+    both = [("random", found["against_random"]), (cheap, found["against_cheap"])]
+    for name, pairs in both[: 1 if found["best_cheap"] == "random" else 2]:
         for pair in pairs:
             gap, arm = pair["interval"], pair["arm"]
             if arm not in arms or arm in ("oracle", found["best_cheap"] if name == cheap else "random"):
                 continue
+            if gap["n"] < MIN_SEEDS:
+                few.setdefault(gap["n"], {})[f"`{arm}`"] = None
+                continue
             word = "beat" if gap["low"] > 0 else "lost to" if gap["high"] < 0 else ""
             said.setdefault((word, name), []).append(f"`{arm}`")
-    sentences = []
+    sentences = [f"{', '.join(some)}: {n} seeds are too few for a verdict." for n, some in sorted(few.items())]
     for (word, name), some in said.items():
         names = some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
         comma = "," if name == cheap else ""
@@ -85,6 +104,19 @@ def verdict(found: dict[str, Any], arms: list[str]) -> str:
             f"{names} {word} {name}." if word else f"No advantage of {names} over {name}{comma} was measured."
         )
     return " ".join(sentences)
+
+
+def far_below(folder: str, found: dict[str, Any], arms: list[str]) -> str:
+    """Name the arms that are worse than the corner of the area on the mean of their seeds at every learning rate."""
+    corner = json.loads((ROOT / "docs/results" / folder / "manifest.json").read_text("utf-8"))["config"]["reference"]
+    named = [
+        f"`{arm['name']}` ({arm['points'][0]['x']:+.3f}, {arm['points'][0]['y']:+.3f})"
+        for arm in found["arms"]
+        if arm["name"] in arms and all(p["x"] < corner[0] or p["y"] < corner[1] for p in arm["points"])
+    ]
+    if not named:
+        return ""
+    return f"The area counts a seed that gained nothing as zero, however bad; mean gain and -forgetting of {', '.join(named)}."
 
 
 def wrapped(text: str) -> str:

@@ -226,15 +226,17 @@ def show(console: Console, config: Any, analysis: Any) -> None:
     from gradsift.compare import words
     from gradsift.compare.applicable import inapplicable_rows
 
-    heads = ("arm", "seeds", "HV", f"minus {config.random}", f"minus {analysis.best_cheap or 'best cheap'}", "cost")
+    second = words.second_difference(config, analysis)
+    heads = ("arm", "seeds", "HV", f"minus {config.random}", *second, "cost")
     out = table(f"{config.trial}: {words.hypervolume(config)}", *heads, right=("seeds", "HV", "cost"))
     beside = {pair.arm: pair for pair in analysis.against_random}
     cheap = {pair.arm: pair for pair in analysis.against_cheap}
     for arm in analysis.arms:
-        own = [str(some[arm.name].interval) if arm.name in some else "" for some in (beside, cheap)]
+        shown = (beside, *(cheap for _ in second))
+        own = [str(some[arm.name].interval) if arm.name in some else "" for some in shown]
         out.add_row(arm.name, str(len(arm.seeds)), f"{arm.mean:.3f}", *own, words.runs(arm.spent.relative))
     for name, why in inapplicable_rows(analysis.missing).items():
-        out.add_row(name, "0", why, "", "", "")
+        out.add_row(name, "0", why)
     console.print(out)
     for check in analysis.placebos:
         say(console, check.sentence, style="" if check.passed else "bold red")

@@ -173,7 +173,7 @@ def analyse(config: CompareConfig, filed: Mapping[tuple[str, int], Filed], missi
             if is_placebo(arm.placebo, arm.family) and arm.name in figures and config.random in figures
         ),
         missing,
-        words.notes(config, filed, missing),
+        (*words.notes(config, filed, missing), *words.far_below(config, ordered)),
     )
 
 
@@ -250,6 +250,7 @@ def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, a
     pair = compare_pair(figures[name], figures[baseline]) if {name, baseline} <= set(figures) else None
     if pair is None:
         return Told(name, asked, baseline, False, words.nothing_to_compare(name, baseline or asked))
+    lost = compare_pair(figures[baseline], figures[config.random]) if config.random in figures else None
     done, declared = pair.interval.n, len(config.seeds)
     settings: Any = {
         "trial": config.trial,
@@ -259,6 +260,10 @@ def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, a
     if done < declared:  # looking early and stopping when it suits would be a test of its own, with more errors
         return Told(name, asked, baseline, False, words.unfinished(name, baseline, pair.interval, declared, metric))
     sentence = claim(name, baseline, metric, pair.interval, words.data_set(config), **settings)
+    if pair.interval.supports_gain and lost and lost.interval.high < 0:
+        sentence += f" {words.weak_baseline(lost)}"
+    if asked == BEST_CHEAP:
+        sentence += f" {baseline} is the best cheap arm there."
     return Told(name, asked, baseline, pair.interval.supports_gain, sentence, pair.interval)
 
 

@@ -126,6 +126,22 @@ class ArmFigures:
         """Standard deviation of the hypervolume; NaN for one seed."""
         return float(np.std(self.volumes, ddof=1)) if len(self.volumes) > 1 else math.nan
 
+    def best_point(self, corner: tuple[float, float]) -> PlanePoint:
+        """Return the learning rate whose mean point spans the largest area by itself.
+
+        Args:
+            corner: the reference point.
+
+        Returns:
+            The point; where none lies inside, the one that is least far below.
+        """
+
+        def rank(point: PlanePoint) -> tuple[float, float]:
+            x, y = point.x - corner[0], point.y - corner[1]
+            return max(x, 0.0) * max(y, 0.0), min(x, 0.0) + min(y, 0.0)
+
+        return max(self.points, key=rank)
+
     def at(self, seeds: Sequence[int]) -> list[float]:
         """Return the hypervolumes of some finished seeds, in their order."""
         known = dict(zip(self.seeds, self.volumes, strict=True))

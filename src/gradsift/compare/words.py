@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradsift.compare.applicable import inapplicable_rows, reason
@@ -14,7 +14,7 @@ from gradsift.evaluate.wording import MIN_DATA_SETS, no_advantage
 
 if TYPE_CHECKING:
     from gradsift.compare.analysis import Analysis, Missing, Pair
-    from gradsift.compare.plane import Spent
+    from gradsift.compare.plane import ArmFigures, Spent
     from gradsift.compare.store import Filed
 
 CONSERVATIVE = (
@@ -70,6 +70,18 @@ def unfinished(name: str, baseline: str, interval: Interval, declared: int, metr
         f"{no_advantage(baseline)}: {interval.n} of {declared} declared seeds are finished, and a claim is judged on all of "
         f"them. So far {name} minus {baseline} in {metric} is {interval}."
     )
+
+
+def weak_baseline(lost: Pair) -> str:
+    """Say that the arm which was beaten is itself worse than the random arm, so that beating it is little praise.
+
+    Args:
+        lost: the beaten arm beside the random arm.
+
+    Returns:
+        A sentence.
+    """
+    return f"Beating it says little: {lost.arm} itself lost to {lost.baseline}, {lost.interval}."
 
 
 def placebo(
@@ -142,6 +154,28 @@ def notes(
     return tuple(out)
 
 
+def far_below(config: CompareConfig, arms: Sequence[ArmFigures]) -> tuple[str, ...]:
+    """Tell which arms are worse than the corner on the mean of their seeds: the area counts such a seed as nothing.
+
+    Args:
+        config: names the axes and the corner.
+        arms: figures per arm.
+
+    Returns:
+        One sentence, or none.
+    """
+    corner = config.reference or (0.0, 0.0)
+    best = {arm.name: arm.best_point(corner) for arm in arms}
+    named = [f"{name} ({p.x:+.3f}, {p.y:+.3f})" for name, p in best.items() if p.x < corner[0] or p.y < corner[1]]
+    if not named:
+        return ()
+    axes = ", ".join(title.partition(",")[0] for title in axis_names(config))
+    return (
+        f"the area counts a seed below the corner as nothing, however far below it lies. On the mean of their seeds these arms "
+        f"lie below it at every learning rate, ({axes}): {'; '.join(named)}.",
+    )
+
+
 def not_run(missing: tuple[Missing, ...]) -> dict[str, list[str]]:
     """Group the missing cells.
 
@@ -181,23 +215,40 @@ def markdown(config: CompareConfig, analysis: Analysis, manifest: Mapping[str, A
     lines += ["", null_sentence(analysis), "", f"With `best_cheap`, {CONSERVATIVE}.", ""]
     if analysis.placebos:
         lines += ["## Placebos", "", *(f"- {check.sentence}" for check in analysis.placebos), ""]
-    lines += ["## Arms", "", f"Metric: {hypervolume(config)}.", "", *_arm_table(config, analysis), ""]
+    at = " and ".join(title.partition(",")[0] for title in axis_names(config))
+    lines += [
+        "## Arms",
+        "",
+        f"Metric: {hypervolume(config)}. {at}: mean of the seeds at the learning rate of the largest area.",
+        "",
+        *_arm_table(config, analysis),
+        "",
+    ]
     lines += ["## What a reader must know", "", *(f"- {note}" for note in analysis.notes)]
     for why, arms in not_run(analysis.missing).items():
         lines.append(f"- not run ({' '.join(why.split())}): {'; '.join(arms)}")
     return "\n".join(lines) + "\n"
 
 
+def second_difference(config: CompareConfig, analysis: Analysis) -> list[str]:
+    """Head the column of differences from the best cheap arm; none where that is the random arm, which has its own column."""
+    return [] if analysis.best_cheap == config.random else [f"minus {analysis.best_cheap or 'best cheap'}"]
+
+
 def _arm_table(config: CompareConfig, analysis: Analysis) -> list[str]:
     beside = {pair.arm: pair for pair in analysis.against_random}
     cheap = {pair.arm: pair for pair in analysis.against_cheap}
-    head = ["arm", "seeds", "HV", f"minus {config.random}", "bootstrap", f"minus {analysis.best_cheap or 'best cheap'}",
+    second = second_difference(config, analysis)
+    corner, axes = config.reference or (0.0, 0.0), [title.partition(",")[0] for title in axis_names(config)]
+    head = ["arm", "seeds", "HV", *axes, f"minus {config.random}", "bootstrap", *second,
             "P(better)", "wins", "of oracle gap", "cost"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for arm in analysis.arms:
         share = analysis.regained.get(arm.name)
-        row = [arm.name, str(len(arm.seeds)), f"{arm.mean:.3f}", *figures(beside.get(arm.name)),
-               str(cheap[arm.name].interval) if arm.name in cheap else "", *chances(beside.get(arm.name)),
+        over = [str(cheap[arm.name].interval) if arm.name in cheap else "" for _ in second]
+        best = arm.best_point(corner)
+        row = [arm.name, str(len(arm.seeds)), f"{arm.mean:.3f}", f"{best.x:+.3f}", f"{best.y:+.3f}", *figures(beside.get(arm.name)),
+               *over, *chances(beside.get(arm.name)),
                "" if share is None or math.isnan(share) else f"{share:.0%}", runs(arm.spent.relative)]  # fmt: skip
         lines.append(f"| {' | '.join(row)} |")
     for name, why in inapplicable_rows(analysis.missing).items():

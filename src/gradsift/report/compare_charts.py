@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.compare.analysis import Analysis, Pair
 from gradsift.compare.arms import ORACLE
 from gradsift.compare.config import CompareConfig
-from gradsift.compare.plane import ArmFigures
+from gradsift.compare.plane import ArmFigures, PlanePoint
 from gradsift.compare.words import axis_names
 from gradsift.report.charts import FAINT, INK, KEPT, LINE, MARK, POOL, _chart, _data, _zero, distinct
 from gradsift.report.figures import Figure
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Okabe and Ito (2008), then greys; the page names them in its own key.
 KIND_COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#8A9099", "#B8B2A7", "#5B626B")
 ROW = 21
+FEW_ARMS = 10
+"""Up to so many arms are all named in the plane."""
 
 
 def roles(config: CompareConfig, analysis: Analysis) -> dict[str, str]:
@@ -65,58 +67,72 @@ def plane(config: CompareConfig, analysis: Analysis) -> Figure:
     part = roles(config, analysis)
     titles = axis_names(config)
     corner = config.reference or (0.0, 0.0)
-    spans = [_inside([(p.x, p.y)[axis] for arm in analysis.arms for p in arm.points], corner[axis]) for axis in (0, 1)]
-    scales = [alt.Scale(domain=span, zero=False, nice=True) for span in spans]
+    inside = [(p.x, p.y) for arm in analysis.arms for p in arm.points if not _below(p, corner)]
+    spans = [_span([place[axis] for place in inside], corner[axis]) for axis in (0, 1)]
+    scales = [alt.Scale(domain=span, zero=False, nice=False, clamp=True) for span in spans]
     ways: dict[str, Any] = {
         "x": alt.X("x:Q", scale=scales[0], axis=alt.Axis(title=titles[0], format="~g", tickCount=6)),
         "y": alt.Y("y:Q", scale=scales[1], axis=alt.Axis(title=titles[1], format="~g", tickCount=6)),
     }
-    cut = sum(p.x < corner[0] or p.y < corner[1] for arm in analysis.arms for p in arm.points)
+    cut = sum(_below(p, corner) for arm in analysis.arms for p in arm.points)
+    few = len(analysis.arms) <= FEW_ARMS
     layers: list[Any] = []
     for role in ("other", "baseline", "bound", "claimed"):
         for arm in (arm for arm in analysis.arms if part[arm.name] == role):
-            layers += _path(arm, role, ways, corner)
+            layers += _path(arm, role, ways, corner, few or role != "other")
     text = f"{plural(len(analysis.arms), 'arm')}, each at {plural(len(analysis.arms[0].points), 'learning rate')}"
     says = f"{text}, mean over seeds. Up and to the right is better; filled points are on their arm's front."
     if cut:
         at = f"({corner[0]:g}, {corner[1]:g})"
-        says += f" Not shown, because they add nothing: {plural(cut, 'point')} below the corner {at}."
+        says += f" Triangles at the edge: {plural(cut, 'point')} below the corner {at}, which add nothing."
     return Figure("Gain and forgetting", render_svg(_chart(layers, 560, 380)), says)
 
 
-def _inside(values: Sequence[float], low: float) -> list[float]:
-    """The range of an axis: from the corner, or the smallest value above it, to the largest value."""
-    above = [value for value in values if value >= low]
-    return [min(above), max(above)] if above and min(above) < max(above) else [low, low + 1.0]
+def _below(point: PlanePoint, corner: tuple[float, float]) -> bool:
+    return point.x < corner[0] or point.y < corner[1]
 
 
-def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any], corner: tuple[float, float]) -> list[Any]:
+def _span(values: Sequence[float], low: float) -> list[float]:
+    """The range of an axis: the values inside with a margin, which triangles for what lies below stand on."""
+    if not values:
+        return [low, low + 1.0]
+    margin = 0.08 * (max(values) - min(values)) or 0.05 * abs(max(values) - low) or 0.05
+    return [max(low, min(values) - margin), max(values) + margin]
+
+
+def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any], corner: tuple[float, float], named: bool) -> list[Any]:
     import altair as alt
 
     color, loud = _COLOR[role], role != "other"
-    inside = [p for p in arm.points if p.x >= corner[0] and p.y >= corner[1]]
-    rows = [{"x": p.x, "y": p.y, "order": k, "front": p.on_front} for k, p in enumerate(inside)]
-    if not rows:
-        return []
-    base = alt.Chart(_data(rows))
-    layers: list[Any] = [
-        base.mark_line(color=color, strokeWidth=1.8 if loud else 0.8, opacity=0.9 if loud else 0.45).encode(
-            **ways, order="order:Q"
-        )
+    rows = [
+        {"x": p.x, "y": p.y, "order": k, "front": p.on_front} for k, p in enumerate(arm.points) if not _below(p, corner)
     ]
+    cut = [{"x": p.x, "y": p.y} for p in arm.points if _below(p, corner)]
+    layers: list[Any] = []
+    if rows:
+        layers.append(
+            alt.Chart(_data(rows))
+            .mark_line(color=color, strokeWidth=1.8 if loud else 0.8, opacity=0.9 if loud else 0.45)
+            .encode(**ways, order="order:Q")
+        )
     for front in (True, False):
         some = [row for row in rows if row["front"] is front]
         if some:
             mark = alt.Chart(_data(some)).mark_point(
-                color=color, filled=front, size=46 if loud else 16, opacity=1 if loud else 0.6
+                color=color, filled=front, size=46 if loud else 24, opacity=1 if loud else 0.7
             )
             layers.append(mark.encode(**ways))
-    if loud:
+    if cut:  # the scale moves them onto the edge
+        mark = alt.Chart(_data(cut)).mark_point(color=color, shape="triangle-left", size=46 if loud else 16,
+                                                opacity=1 if loud else 0.6)  # fmt: skip
+        layers.append(mark.encode(**ways))
+    if named:
         # At the point that spans the largest area by itself: the gentlest rates of all arms lie in one spot.
-        top = max(rows, key=lambda row: (row["x"] - corner[0]) * (row["y"] - corner[1]))
-        label = alt.Chart(_data([{**top, "label": one_line(arm.name, 26)}]))
+        top = arm.best_point(corner)
+        label = one_line(arm.name, 26) + (f" ({top.x:.3g}, {top.y:.3g})" if _below(top, corner) else "")
+        text = alt.Chart(_data([{"x": top.x, "y": top.y, "label": label}]))
         layers.append(
-            label.mark_text(color=color, align="left", dx=7, dy=-5, fontSize=11).encode(**ways, text="label:N")
+            text.mark_text(color=color, align="left", dx=7, dy=-5, fontSize=11).encode(**ways, text="label:N")
         )
     return layers
 

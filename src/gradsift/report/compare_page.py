@@ -55,7 +55,7 @@ def render_html(config: CompareConfig, analysis: Analysis, manifest: Mapping[str
         "plane": charts.plane(config, analysis),
         "random": charts.differences(config, analysis, analysis.against_random),
         "cheap": charts.differences(config, analysis, analysis.against_cheap)
-        if analysis.best_cheap != config.random
+        if told.second_difference(config, analysis)
         else None,
         "composition": charts.composition(analysis),
         "costs": charts.costs(analysis),
@@ -71,6 +71,7 @@ def render_html(config: CompareConfig, analysis: Analysis, manifest: Mapping[str
         headline=headline(config, analysis),
         beside={pair.arm: pair for pair in analysis.against_random},
         cheap={pair.arm: pair for pair in analysis.against_cheap},
+        second=told.second_difference(config, analysis),
         kinds=list(zip(charts.kinds(analysis), range(100), strict=False)),
         kind_colors=charts.KIND_COLORS,
         seeds=write_seeds(config.seeds),

@@ -121,6 +121,35 @@ def test_a_supported_claim_is_told_with_figure_seeds_trial_and_cost():
     assert "the arithmetic world stands alone: an interval over data sets needs 6 of them" in analysis.notes[2]
 
 
+def test_beating_an_arm_that_lost_to_random_is_told_as_little():
+    found = config()
+    weak = analyse(found, table(found, {**MEANS, "cheap": 0.1}), ())
+    told = {one.asked: one.sentence for one in weak.claims}
+    assert "little" not in told["random"]
+    named = config(claims=[{"arm": "ours", "baseline": "cheap"}])
+    (sentence,) = (one.sentence for one in analyse(named, table(named, {**MEANS, "cheap": 0.1}), ()).claims)
+    assert "Beating it says little: cheap itself lost to random, -" in sentence
+    (fair,) = (one.sentence for one in analyse(named, table(named, MEANS), ()).claims)
+    assert "little" not in fair
+
+
+def test_a_best_cheap_arm_that_is_random_is_told_and_has_no_second_column():
+    found = config(cheap=["random"], claims=[{"arm": "ours", "baseline": name} for name in ("random", "best_cheap")])
+    got = analyse(found, table(found, MEANS), ())
+    first, second = (told.sentence for told in got.claims)
+    assert second == f"{first} random is the best cheap arm there."
+    text = words.markdown(found, got, {"command": "x", "date": "", "commit": "", "hardware": "", "config_sha256": ""})
+    assert text.count("minus random |") == 1
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in rows} == {rows[0].count("|")}
+    other = analyse(config(), table(config(), MEANS), ())
+    both = words.markdown(
+        config(), other, {"command": "x", "date": "", "commit": "", "hardware": "", "config_sha256": ""}
+    )
+    assert "minus random |" in both
+    assert "minus cheap |" in both
+
+
 @pytest.mark.parametrize("ours", [0.05, 0.20])
 def test_without_an_advantage_the_sentence_says_so(ours):
     found = config()

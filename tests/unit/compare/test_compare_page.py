@@ -40,13 +40,24 @@ def test_the_page_shows_losing_arms_claims_and_missing_cells():
     assert "never does" in html
 
 
-def test_points_below_the_corner_are_counted_and_not_drawn():
+def test_points_below_the_corner_are_counted_and_stand_at_the_edge():
     found = config()
     cells = table(found, MEANS)
-    assert "Not shown" not in page(found, cells)
+    assert "Triangles" not in page(found, cells)
+    assert "below it at every learning rate" not in page(found, cells)
     far = {key: filed(cell(*key, [(-0.5, 0.4), (0.2, 0.3)])) for key in cells if key[0] == "ours"}
     html = page(found, cells | far)
-    assert "Not shown, because they add nothing: 1 point below the corner (0, 0)." in html
+    assert "Triangles at the edge: 1 point below the corner (0, 0), which add nothing." in html
+    assert "below it at every learning rate" not in html, "its other learning rate lies inside"
+
+
+def test_an_arm_that_is_worse_than_the_corner_is_named_with_its_place():
+    found = config()
+    cells = table(found, MEANS)
+    far = {key: filed(cell(*key, [(-0.5, 0.4), (-0.25, 0.3)])) for key in cells if key[0] == "ours"}
+    html = page(found, cells | far)
+    assert "ours (-0.25, 0.3)" in html
+    assert "below it at every learning rate, (general accuracy, domain accuracy): ours (-0.250, +0.300)." in html
 
 
 def test_many_claims_stand_in_a_table_with_their_sentences_below():
