@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ class Origin:
         commit: of the code, empty where none is known (:func:`gradsift.manifest.git_sha`).
         hardware: processor and number of cores, and the GPU if one was used.
         base: digest of starting weights that were taught on a machine of its own; empty where the seed alone makes them.
+        versions: of Python and the libraries; empty in cells from before they were kept.
     """
 
     date: str
     commit: str
     hardware: str
     base: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def hardware(device: str = "cpu") -> str:
 def here(device: str = "cpu", base: str = "") -> Origin:
     """Describe this process's machine and moment."""
     now, commit = datetime.now(UTC).isoformat(timespec="seconds"), git_sha(Path(__file__).parent)
-    return Origin(now, commit or "", hardware(device), base)
+    return Origin(now, commit or "", hardware(device), base, versions())
 
 
 def declare(folder: Path, config: CompareConfig, command: str) -> CompareConfig:
@@ -132,7 +134,6 @@ def declare(folder: Path, config: CompareConfig, command: str) -> CompareConfig:
             "config": values,
             "config_sha256": sha256_bytes(canonical_json(values).encode("ascii")),
             "command": command,
-            "versions": versions(),
             **asdict(here()),
         }
         write_bytes_atomic(folder / MANIFEST, seal(manifest))

@@ -147,11 +147,28 @@ def notes(
         out.append(f"cells come from {len(machines)} kinds of machine: {'; '.join(machines)}.")
     if len(bases := {one.origin.base for one in filed.values() if one.origin.base}) > 1:
         out.append(
-            f"cells start from {len(bases)} different base weights: taught on different machines, they round apart."
+            f"cells start from {len(bases)} different base weights: taught on different machines, they round apart; taught with "
+            "other versions of the libraries, they may differ by more."
         )
+    out += other_versions([one.origin.versions for one in filed.values() if one.origin.versions])
     if rest := [cell for cell in missing if reason(cell.why) is None]:
         out.append(f"{len(rest)} of {len(missing) + len(filed)} declared cells were not run.")
     return tuple(out)
+
+
+def other_versions(some: Sequence[Mapping[str, str]]) -> list[str]:
+    """Name the libraries of which cells had different versions.
+
+    Args:
+        some: per cell, name -> version.
+
+    Returns:
+        One sentence, or none.
+    """
+    names = sorted({name for one in some for name in one})
+    found = {name: sorted({one.get(name, "absent") for one in some}) for name in names}
+    apart = [f"{name} {', '.join(which)}" for name, which in found.items() if len(which) > 1]
+    return [f"cells were made with different versions of {'; '.join(apart)}."] if apart else []
 
 
 def far_below(config: CompareConfig, arms: Sequence[ArmFigures]) -> tuple[str, ...]:

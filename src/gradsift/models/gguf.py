@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 # Raise it whenever the same file would convert to other bytes: old conversions are then left alone.
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 RECORD = "gradsift.json"
 WEIGHTS = "model.safetensors"
 
@@ -121,7 +121,7 @@ def convert_gguf(source: Path, folder: Path, *, source_sha256: str | None = None
             _write_llama(reader, temporary)
         else:
             _write_by_transformers(alone, temporary, architecture)
-        _write_tokenizer(alone, temporary)
+        _write_tokenizer(reader, alone, temporary)
         shutil.rmtree(alone)
         record = Conversion(
             source=source.name,
@@ -307,7 +307,19 @@ def _write_by_transformers(alone: Path, folder: Path, architecture: str) -> None
     model.save_pretrained(folder)
 
 
-def _write_tokenizer(alone: Path, folder: Path) -> None:
+def _special_ids(reader: GGUFReader) -> dict[str, int]:
+    """Read which token begins, ends, pads and stands for the unknown; what the file does not name is left out."""
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    fields = {own: reader.get_field(f"tokenizer.ggml.{name}_token_id") for own, name in names.items()}
+    return {own: int(field.contents()) for own, field in fields.items() if field is not None}
+
+
+def _write_tokenizer(reader: GGUFReader, alone: Path, folder: Path) -> None:
+    """Write the tokenizer with the special tokens that the file names.
+
+    Some versions of transformers guess them (5.17 takes SmolLM2's beginning of a turn for its end), and every row that
+    is tokenized ends with one.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -321,7 +333,20 @@ def _write_tokenizer(alone: Path, folder: Path) -> None:
             got=short(error),
             do="give the model as a safetensors folder or hub id",
         ) from None
+    wanted = _special_ids(reader)
+    for own, token_id in wanted.items():
+        # A leftover number would be saved beside the token and win when the folder is loaded.
+        tokenizer.init_kwargs.pop(f"{own}_token_id", None)
+        if getattr(tokenizer, f"{own}_token_id") != token_id:
+            setattr(tokenizer, f"{own}_token", tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.save_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    got = {own: getattr(again, f"{own}_token_id") for own in wanted}
+    if got != wanted:
+        raise ModelError(
+            "the special tokens of this GGUF file are lost in conversion", where="--navigator", got=str(got), expected=str(wanted),
+            do="use another version of transformers, or give the model as a safetensors folder or hub id",
+        )  # fmt: skip
 
 
 def _place(source: Path, target: Path) -> None:

@@ -183,6 +183,18 @@ def test_an_arm_without_cells_is_told_as_such():
     assert got.regained == {}
 
 
+def test_cells_of_different_library_versions_are_noted():
+    found = config(seeds="0-1")
+    cells = table(found, MEANS)
+    assert not any("different versions" in note for note in analyse(found, cells, ()).notes)
+    for seed, transformers in ((0, "5.17.0"), (1, "5.24.0")):
+        one = cells["ours", seed]
+        versions = {"python": "3.12", "transformers": transformers}
+        cells["ours", seed] = dataclasses.replace(one, origin=dataclasses.replace(one.origin, versions=versions))
+    notes = analyse(found, cells, ()).notes
+    assert "cells were made with different versions of transformers 5.17.0, 5.24.0." in notes
+
+
 def test_cells_of_two_commits_are_noted():
     found = config(seeds="0-1")
     cells = table(found, MEANS)

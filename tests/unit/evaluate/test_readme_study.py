@@ -87,7 +87,7 @@ def test_the_figures_of_the_other_methods():
     assert f"(`docs/results/deep-ogs`): {gap(ogs)}" in text
 
 
-def test_the_two_machines_start_apart_by_what_is_told():
+def test_how_far_the_end_token_moved_the_start_is_told():
     starts: dict[str, dict[int, np.ndarray]] = {}
     for folder in ("deep-medical", "deep-family"):
         for path in (RESULTS / folder / "cells").glob("*.json"):
@@ -97,4 +97,4 @@ def test_the_two_machines_start_apart_by_what_is_told():
                 starts.setdefault(folder, {})[cell["seed"]] = np.array([sets[k]["loss_before"] for k in sorted(sets)])
     one, other = (np.stack([some[seed] for seed in range(10)]) for some in starts.values())
     assert f"{np.sqrt(np.mean((one - other) ** 2)):.2f}" == "0.05"
-    assert "differ by 0.05 nats (root mean square)" in " ".join(section().split())
+    assert "starting losses by 0.05 nats (root mean square)" in " ".join(section().split())

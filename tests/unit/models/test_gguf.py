@@ -71,6 +71,31 @@ def test_tokenizer_equals_transformers_and_adds_no_bos(tmp_path):
 TOKEN_HELLO = files.TOKENS.index("hello")
 
 
+def test_special_tokens_are_those_of_the_file_whatever_transformers_guesses(tmp_path, monkeypatch):
+    plain = AutoTokenizer.from_pretrained
+
+    def guessing(folder, **how):
+        tokenizer = plain(folder, **how)
+        if "gguf_file" in how:  # as transformers 5.17 does
+            tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", None
+            tokenizer.init_kwargs["eos_token_id"] = 1
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", guessing)
+    path = files.write(files.llama(), tmp_path / "m.gguf")
+    convert_gguf(path, tmp_path / "out")
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
+    monkeypatch.setattr(
+        type(ours), "save_pretrained", lambda self, folder: type(self).__base__.save_pretrained(wrong, folder)
+    )
+    wrong = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    with pytest.raises(ModelError, match="special tokens of this GGUF file are lost") as caught:
+        convert_gguf(path, tmp_path / "lost")
+    assert "'eos': 1" in str(caught.value)
+    assert not (tmp_path / "lost").exists()
+
+
 def test_other_architectures_go_through_transformers(tmp_path):
     model = files.qwen2()
     record = convert_gguf(files.write(model, tmp_path / "q.gguf", architecture="qwen2"), tmp_path / "out")
@@ -88,9 +113,9 @@ def test_config_files_beside_the_gguf_are_not_mixed_in(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "EVIL", "add_bos_token": True}))
     write_tokenizer, shown = gguf_module._write_tokenizer, []
 
-    def watched(alone, folder):
+    def watched(reader, alone, folder):
         shown.extend(p.name for p in alone.iterdir())
-        write_tokenizer(alone, folder)
+        write_tokenizer(reader, alone, folder)
 
     monkeypatch.setattr(gguf_module, "_write_tokenizer", watched)
     convert_gguf(path, tmp_path / "out")
@@ -136,7 +161,7 @@ def test_damaged_files_are_refused_and_leave_nothing(tmp_path):
 def test_a_failure_halfway_publishes_nothing(tmp_path, monkeypatch):
     path = files.write(files.llama(), tmp_path / "m.gguf")
 
-    def fail(alone, folder):
+    def fail(reader, alone, folder):
         assert (folder / "model.safetensors").is_file()
         raise KeyboardInterrupt
 
