@@ -119,3 +119,29 @@ def test_one_asked_to_stop_in_its_last_moments_does_not_end_with_code_0(number):
     with pytest.raises(Interrupted) as raised, screen.watching_signals():
         os.kill(os.getpid(), number)
     assert raised.value.exit_code == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("code", [0, 2])
+def test_one_asked_to_stop_while_python_is_taken_down_ends_with_its_code_as_well(number, code):
+    script = (
+        "import atexit, os, sys, types\nimport gradsift.cli as cli\nquick = types.ModuleType('gradsift.cli.app')\n"
+        f"def run(words):\n  atexit.register(lambda: os.kill(os.getpid(), {int(number)}))\n"
+        f"  atexit.register(print, 'tidied')\n  return {code}\nquick.run = run\n"
+        "sys.modules['gradsift.cli.app'] = quick\nsys.argv = ['gradsift', 'select', '--out', 'run']\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + number
+    assert "resume with: gradsift select --out run" in done.stderr
+    assert done.stdout == "tidied\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 28])
+def test_what_is_registered_for_the_end_is_done_and_the_code_kept(code):
+    script = (
+        "import atexit, sys, types\nimport gradsift.cli as cli\nquick = types.ModuleType('gradsift.cli.app')\n"
+        f"def run(words):\n  atexit.register(print, 'tidied')\n  print('unflushed', end='')\n  return {code}\nquick.run = run\n"
+        "sys.modules['gradsift.cli.app'] = quick\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "unflushedtidied\n")
