@@ -98,3 +98,15 @@ def test_how_far_the_end_token_moved_the_start_is_told():
     one, other = (np.stack([some[seed] for seed in range(10)]) for some in starts.values())
     assert f"{np.sqrt(np.mean((one - other) ** 2)):.2f}" == "0.05"
     assert "starting losses by 0.05 nats (root mean square)" in " ".join(section().split())
+
+
+def test_a_processor_core_and_the_gpu_agree_as_is_told():
+    (path,) = (RESULTS / "deep-legal-cpu/cells").glob("*.json")
+    one, other = (json.loads(p.read_text("utf-8"))["cell"] for p in (path, RESULTS / "deep-legal/cells" / path.name))
+    assert (one["arm"], one["seed"]) == (other["arm"], other["seed"]) == ("random", 0)
+    pairs = zip(*(cell["points"][0]["metrics"].values() for cell in (one, other)), strict=True)
+    apart = max(abs(a[key] - b[key]) for a, b in pairs for key in ("loss_before", "loss_after", "kl"))
+    assert f"{apart:.0e}" == "4e-05"
+    assert "agree to 4e-5 nats after the lesson and 30 steps (`docs/results/deep-legal-cpu`)" in " ".join(
+        section().split()
+    )
