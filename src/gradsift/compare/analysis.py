@@ -65,6 +65,7 @@ class Told:
         supported: whether the figures allow the claim.
         sentence: what may be said.
         interval: arm minus baseline; None where nothing can be compared or seeds are missing.
+        weak: whether the claim is supported, but over an arm that itself lost to the random one.
     """
 
     arm: str
@@ -73,6 +74,7 @@ class Told:
     supported: bool
     sentence: str
     interval: Interval | None = None
+    weak: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,11 +262,12 @@ def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, a
     if done < declared:  # looking early and stopping when it suits would be a test of its own, with more errors
         return Told(name, asked, baseline, False, words.unfinished(name, baseline, pair.interval, declared, metric))
     sentence = claim(name, baseline, metric, pair.interval, words.data_set(config), **settings)
-    if pair.interval.supports_gain and lost and lost.interval.high < 0:
+    weak = pair.interval.supports_gain and lost is not None and lost.interval.high < 0
+    if weak and lost:
         sentence += f" {words.weak_baseline(lost)}"
     if asked == BEST_CHEAP:
         sentence += f" {baseline} is the best cheap arm there."
-    return Told(name, asked, baseline, pair.interval.supports_gain, sentence, pair.interval)
+    return Told(name, asked, baseline, pair.interval.supports_gain, sentence, pair.interval, weak)
 
 
 def _finite(value: Any) -> Any:

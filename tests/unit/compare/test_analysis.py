@@ -127,10 +127,13 @@ def test_beating_an_arm_that_lost_to_random_is_told_as_little():
     told = {one.asked: one.sentence for one in weak.claims}
     assert "little" not in told["random"]
     named = config(claims=[{"arm": "ours", "baseline": "cheap"}])
-    (sentence,) = (one.sentence for one in analyse(named, table(named, {**MEANS, "cheap": 0.1}), ()).claims)
+    (beaten,) = analyse(named, table(named, {**MEANS, "cheap": 0.1}), ()).claims
+    sentence = beaten.sentence
+    assert beaten.weak
     assert "Beating it says little: cheap itself lost to random, -" in sentence
-    (fair,) = (one.sentence for one in analyse(named, table(named, MEANS), ()).claims)
-    assert "little" not in fair
+    (fair,) = analyse(named, table(named, MEANS), ()).claims
+    assert not fair.weak
+    assert "little" not in fair.sentence
 
 
 def test_a_best_cheap_arm_that_is_random_is_told_and_has_no_second_column():
