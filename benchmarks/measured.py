@@ -56,6 +56,7 @@ INTRODUCTIONS = {
 def block(folder: str, arms: list[str]) -> str:
     """Write the block of one folder of results."""
     found = json.loads((ROOT / "docs/results" / folder / "results.json").read_text("utf-8"))
+    config = declared(folder)
     mean = {arm["name"]: arm for arm in found["arms"]}
     beside = {one["arm"]: one["interval"] for one in found["against_random"]}
     why = {one["arm"]: one["why"] for one in found["missing"]}
@@ -67,8 +68,8 @@ def block(folder: str, arms: list[str]) -> str:
             continue
         gap = beside.get(arm)
         shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
-        few = len(mean[arm]["seeds"])
-        name = arm if few == len(seeds) else f"{arm}, {few} seeds"
+        done = len(mean[arm]["seeds"])
+        name = arm if done == len(config["seeds"]) else f"{arm}, {done} seeds"
         lines.append(f"| {name} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
     said = INTRODUCTIONS[folder].replace("{seeds}", f"{seeds[0]} to {seeds[-1]}")
     shown_arms = [arm for arm in arms if arm in mean]
@@ -78,6 +79,11 @@ def block(folder: str, arms: list[str]) -> str:
         wrapped(f"{verdict(found, shown_arms)} {far_below(folder, found, shown_arms)}"),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def declared(folder: str) -> dict[str, Any]:
+    """Read what was declared before the first cell."""
+    return json.loads((ROOT / "docs/results" / folder / "manifest.json").read_text("utf-8"))["config"]
 
 
 def verdict(found: dict[str, Any], arms: list[str]) -> str:
@@ -108,7 +114,7 @@ def verdict(found: dict[str, Any], arms: list[str]) -> str:
 
 def far_below(folder: str, found: dict[str, Any], arms: list[str]) -> str:
     """Name the arms that are worse than the corner of the area on the mean of their seeds at every learning rate."""
-    corner = json.loads((ROOT / "docs/results" / folder / "manifest.json").read_text("utf-8"))["config"]["reference"]
+    corner = declared(folder)["reference"]
     named = [
         f"`{arm['name']}` ({arm['points'][0]['x']:+.3f}, {arm['points'][0]['y']:+.3f})"
         for arm in found["arms"]

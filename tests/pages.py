@@ -203,10 +203,14 @@ def measured_lines(name: str) -> list[str]:
         found = json.loads((ROOT / "docs/results" / folder / "results.json").read_text("utf-8"))
         mean = {arm["name"]: arm for arm in found["arms"]}
         against = {one["arm"]: one["interval"] for one in found["against_random"]}
+        manifest = json.loads((ROOT / "docs/results" / folder / "manifest.json").read_text("utf-8"))
+        declared = len(manifest["config"]["seeds"])
         for arm in arms:
             if arm not in mean:  # not applicable there, or not run
                 continue
             gap = against.get(arm)
             shown = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
-            lines.append(f"| {arm} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
+            num = len(mean[arm]["seeds"])
+            label = arm if num == declared else f"{arm}, {num} seeds"
+            lines.append(f"| {label} | {mean[arm]['mean']:.3f} | {shown} | {mean[arm]['spent']['relative']:.2f} |")
     return lines
