@@ -110,3 +110,9 @@ def test_a_processor_core_and_the_gpu_agree_as_is_told():
     assert "agree to 4e-5 nats after the lesson and 30 steps (`docs/results/deep-legal-cpu`)" in " ".join(
         section().split()
     )
+
+
+def test_on_how_many_seeds_random_at_the_same_cost_gains_nothing():
+    (arm,) = (one for one in found("deep-medical")["arms"] if one["name"] == "random_total")
+    assert sum(volume == 0 for volume in arm["volumes"]) == 8
+    assert "on eight of ten seeds that arm gains nothing on held-out rows" in " ".join(section().split())
