@@ -15,7 +15,7 @@ import platform
 import re
 import secrets
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,35 @@ def write_bytes_atomic(path: Path, data: bytes | memoryview) -> None:
         StoreError: an error of the disk (DiskFullError when it is full).
     """
     write_file(path, data)
+    fsync_folder(path.parent)
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Publish a file (mode 0600) that is written a part at a time: whoever sees the name sees all bytes.
+
+    Args:
+        path: final name; replaced when it exists.
+        write: fills the file of the temporary name it is given, which exists and is empty.
+
+    Raises:
+        DiskFullError: no space is left.
+        StoreError: any other error of the disk. In both cases ``path`` is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TMP_SUFFIX}")
+    size = 0
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            write(temporary)
+            size = os.fstat(handle).st_size
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temporary, path)  # noqa: PTH105 - as above
+    except OSError as error:
+        raise write_error(error, path, size) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 

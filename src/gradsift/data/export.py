@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +11,7 @@ import numpy as np
 
 from gradsift.data.rows import STATUSES, Pool
 from gradsift.data.tables import TableRows
-from gradsift.errors import DiskFullError
-from gradsift.manifest import write_json_atomic
+from gradsift.manifest import publish, write_json_atomic
 from gradsift.types import Note
 
 if TYPE_CHECKING:
@@ -63,7 +60,7 @@ def write_selected(pool: Pool, ids: Sequence[str], folder: Path) -> Exported:
         raise ValueError(f"write_selected: row {row.id!r} is {row.status}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "selected.jsonl"]
-    _publish(paths[0], lambda temporary: _write_lines(pool, positions, temporary))
+    publish(paths[0], lambda temporary: _write_lines(pool, positions, temporary))
     target = folder / "selected.parquet"
     parts = [part for part in pool.parts if isinstance(part, TableRows)]
     if not parts or len(parts) != len(pool.parts):
@@ -107,30 +104,6 @@ def _write_lines(pool: Pool, positions: Sequence[int], temporary: Path) -> None:
             file.write(b"\n")
 
 
-def _publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the final name, make it durable, then rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFullError("the disk is full", where=str(path), do="free space and run the same command") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_table(pool: Pool, parts: Sequence[TableRows], positions: Sequence[int], target: Path) -> tuple[Note, ...]:
     """Write the rows as Parquet; what cannot be kept exactly is a note, and a table that would differ is not kept."""
     import pyarrow as pa
@@ -139,7 +112,7 @@ def _write_table(pool: Pool, parts: Sequence[TableRows], positions: Sequence[int
     target.unlink(missing_ok=True)
     try:
         table = _gather(pool, parts, positions)
-        _publish(target, lambda temporary: pq.write_table(table, temporary))
+        publish(target, lambda temporary: pq.write_table(table, temporary))
     except (pa.ArrowException, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         text = f"selected.parquet was not written: {reason}. selected.jsonl holds every row"

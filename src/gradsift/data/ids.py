@@ -22,6 +22,7 @@ from gradsift.data.spool import Spool, Spooled
 SIZE = 16
 _GENERATED = re.compile(r"([0-9a-f]{32})(?:-([1-9][0-9]*))?")
 _HEX = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), dtype=np.uint8).reshape(256, 2)
+_ASKED = 1 << 16  # ids that are looked up at a time: each takes some hundred bytes meanwhile
 _PREFIX = 24  # bytes of an id that are sorted as numbers are; rows that agree in them are sorted by their texts
 
 
@@ -95,6 +96,10 @@ class Ids(Mapping[str, int]):
         Returns:
             int64 [n] positions, -1 for those that are no id of a row.
         """
+        parts = [self._find(names[start : start + _ASKED]) for start in range(0, len(names), _ASKED)]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def _find(self, names: Sequence[str]) -> Int64[np.ndarray, " n"]:
         found = np.full(len(names), -1, dtype=np.int64)
         if not len(self):
             return found

@@ -1,136 +1,209 @@
-"""The audit table: one row per input row, in input order, null where not measured."""
+"""The audit table: one entry per input row, in input order, null where not measured; written a part at a time."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float, Float32, Int64
 
-from gradsift.manifest import write_bytes_atomic
+from gradsift.data.ids import Ids
+from gradsift.data.rows import STATUSES
+from gradsift.data.token_rows import TokenRows
+from gradsift.manifest import publish
 from gradsift.pipeline.measure import Measurement
 from gradsift.pipeline.prepare import Prepared
 from gradsift.types import Problem, RowStatus, Selection
 
+PART = 1 << 16  # rows that are strings at a time, and a row group of the file
+_USABLE = np.array([status.usable for status in STATUSES])
+_PROBED = ("likeness", "held_out_loss")
+_CODES = {status: code for code, status in enumerate(STATUSES)}
 
-def audit_table(prepared: Prepared, measured: Measurement | None, selection: Selection) -> pa.Table:
-    """Say of every input row what it was, what was measured and why it was kept or dropped.
+
+class AuditRows:
+    """What every input row was, what was measured and why it was kept or dropped; numbers are held, sentences made by the part.
 
     Args:
         prepared: the run's inputs.
         measured: the signals, or None.
-        selection: the choice.
-
-    Returns:
-        A table with the columns of ``audit.parquet``.
-    """
-    pool, tokens = prepared.pool.pool, prepared.pool.tokens
-    ids, files = list(pool.index), pool.files
-    first = [ids[i] for i in pool.first.tolist()]
-    place = {row: i for i, row in enumerate(selection.problem_ids)}
-    order = {row: i for i, row in enumerate(selection.ids)}
-    weight = dict(zip(selection.ids, selection.weights.tolist(), strict=True))
-    status, reason = _statuses(prepared, measured, first)
-    at = [place.get(row) for row in ids]
-    del place  # at a million rows it would stay beside everything below
-
-    def chosen(values: Sequence[Any], kind: pa.DataType, missing: Any = None) -> pa.Array:
-        out = [missing if i is None else values[i] for i in at]
-        return pa.array([None if isinstance(v, float) and np.isnan(v) else v for v in out], kind)
-
-    reasons = [reason[n] if i is None else selection.reason[i] for n, i in enumerate(at)]
-    codes = [f"unusable:{status[n].lower()}" if i is None else selection.reason_code[i] for n, i in enumerate(at)]
-    columns: dict[str, pa.Array] = {
-        "id": pa.array(ids, pa.string()),
-        "source": pa.array(pool.labels(), pa.string()),
-        "file": pa.array([file.path for file in files for _ in range(file.num_rows)], pa.string()),
-        "row": pa.array([i for file in files for i in range(file.num_rows)], pa.int64()),
-        "status": pa.array(status, pa.string()),
-        "num_tokens": pa.array([row.num_tokens for row in tokens], pa.int32()),
-        "num_trained": pa.array([row.num_trained for row in tokens], pa.int32()),
-        **_signals(measured, first, status),
-        "score": chosen(selection.score.tolist(), pa.float64()),
-        "rank": chosen([None if r < 0 else r for r in selection.rank.tolist()], pa.int32()),
-        "cluster": chosen([None if c < 0 else c for c in selection.cluster.tolist()], pa.int32()),
-        "selected": pa.array([row in order for row in ids], pa.bool_()),
-        "order": pa.array([order.get(row) for row in ids], pa.int32()),
-        "weight": pa.array([weight.get(row) for row in ids], pa.float32()),
-        "reason_code": pa.array(codes, pa.string()),
-        "reason": pa.array(reasons, pa.string()),
-    }
-    return pa.table(columns)
-
-
-def _statuses(prepared: Prepared, measured: Measurement | None, first: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Final status and reason of every row: that of reading, tokenizing, or measuring (of the first copy)."""
-    found = {} if measured is None else {r: i for i, r in enumerate(measured.store.ids)}
-    status, reason = [], []
-    for row, original in zip(prepared.pool.tokens, first, strict=True):
-        i = found.get(original) if row.status.usable and measured is not None else None
-        if i is not None and measured is not None and not measured.store.status[i].usable:
-            status.append(measured.store.status[i].value)
-            reason.append(measured.store.reason[i])
-        else:
-            status.append(row.status.value)
-            reason.append(row.reason)
-    return status, reason
-
-
-def _signals(measured: Measurement | None, first: Sequence[str], status: Sequence[str]) -> dict[str, pa.Array]:
-    empty = pa.nulls(len(first), pa.float32())
-    if measured is None:
-        return {"loss": empty, "grad_norm": empty}
-    store = measured.store
-    place = {row: i for i, row in enumerate(store.ids)}
-    usable = [RowStatus(s).usable for s in status]
-    at = [place.get(row) if ok else None for row, ok in zip(first, usable, strict=True)]
-
-    def column(values: np.ndarray) -> pa.Array:
-        out = [None if i is None or not np.isfinite(values[i]) else float(values[i]) for i in at]
-        return pa.array(out, pa.float32())
-
-    columns = {"loss": column(store.loss), "grad_norm": column(store.grad_norm)}
-    for direction in measured.directions:
-        cos = store.dots([direction.name])[:, 0] / store.grad_norm
-        name = "cos_target" if direction.role == "target" else f"cos_{direction.name}"
-        columns[name] = column(cos)
-    if "emb_grad_norm" in store.spec.signals:
-        columns["emb_grad_norm"] = column(store.emb_grad_norm)
-        columns["head_grad_norm"] = column(store.head_grad_norm)
-    return columns
-
-
-def with_probes(table: pa.Table, problem: Problem) -> pa.Table:
-    """Add what crossfit looks at, where it was measured: likeness and loss under probes, null for rows never eligible.
-
-    Args:
-        table: from :func:`audit_table`.
         problem: the eligible rows.
-
-    Returns:
-        The table, with the columns ``likeness`` and ``held_out_loss`` where the problem has them.
+        selection: the choice among them.
+        part: rows of a part.
     """
-    place = {row: i for i, row in enumerate(problem.ids)}
-    at = [place.get(row) for row in table["id"].to_pylist()]
-    for name in ("likeness", "held_out_loss"):
-        values = getattr(problem, name)
-        if values is not None:
-            column = pa.array([None if i is None else float(values[i]) for i in at], pa.float32())
-            table = table.append_column(name, column)
-    return table
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        measured: Measurement | None,
+        problem: Problem,
+        selection: Selection,
+        part: int = PART,
+    ) -> None:
+        assert isinstance(prepared.pool.tokens, TokenRows)
+        self._pool, self._tokens = prepared.pool.pool, prepared.pool.tokens.table
+        self._measured, self._selection, self._part = measured, selection, part
+        self._place = _found(self._pool.index, selection.problem_ids)
+        self._order = _found(self._pool.index, selection.ids)
+        self._status = self._tokens.columns.status.copy()
+        # Where each row, or the first copy of it, was measured.
+        self._stored = np.full(len(self._pool), -1, dtype=np.int64)
+        self._failed = np.zeros(len(self._pool), dtype=bool)
+        if measured is not None:
+            self._stored = _found(self._pool.index, measured.store.ids)[self._pool.first]
+            codes = np.fromiter(map(_CODES.__getitem__, measured.store.status), np.uint8, len(measured.store.ids))
+            found = np.append(codes, _CODES[RowStatus.OK])[self._stored]
+            self._failed = _USABLE[self._status] & ~_USABLE[found]
+            self._status[self._failed] = found[self._failed]
+        self._signals = self._columns()
+        for name in _PROBED:  # what crossfit looks at, where it was measured
+            values = getattr(problem, name)
+            self._signals |= {} if values is None else {name: _aligned(values, self._place)}
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def parts(self) -> Iterator[pa.Table]:
+        """Give the table from top to bottom.
+
+        Yields:
+            Up to ``part`` rows with the columns of ``audit.parquet``; one empty table for a pool without rows.
+        """
+        for start in range(0, max(len(self), 1), self._part):
+            yield self._table(np.arange(start, min(start + self._part, len(self))))
+
+    def counts(self) -> dict[str, Any]:
+        """Count rows and tokens for the manifest.
+
+        Returns:
+            Rows read and usable, rows per status and per source, tokens of the usable rows.
+        """
+        columns, usable = self._tokens.columns, _USABLE[self._status]
+        codes, at, counts = np.unique(self._status, return_index=True, return_counts=True)
+        sources: dict[str, dict[str, int]] = {}
+        for file, start in zip(self._pool.files, self._pool.starts, strict=False):
+            if not file.num_rows:
+                continue
+            here = slice(start, start + file.num_rows)
+            entry = sources.setdefault(file.label, {"read": 0, "usable": 0, "trained_tokens": 0})
+            entry["read"] += file.num_rows
+            entry["usable"] += int(usable[here].sum())
+            entry["trained_tokens"] += int(columns.num_trained[here][usable[here]].sum(dtype=np.int64))
+        return {
+            "read": len(self),
+            "status": {STATUSES[codes[k]].value: int(counts[k]) for k in np.argsort(at)},
+            "usable": int(usable.sum()),
+            "tokens": int(columns.num_tokens[usable].sum(dtype=np.int64)),
+            "trained_tokens": int(columns.num_trained[usable].sum(dtype=np.int64)),
+            "sources": sources,
+        }
+
+    def _columns(self) -> dict[str, Float32[np.ndarray, " N"] | None]:
+        """Numbers by column, NaN where not measured; None for a column of nulls."""
+        columns: dict[str, Float32[np.ndarray, " N"] | None] = {"loss": None, "grad_norm": None}
+        if self._measured is None:
+            return columns
+        store = self._measured.store
+        signals = {"loss": store.loss, "grad_norm": store.grad_norm}
+        for direction in self._measured.directions:
+            name = "cos_target" if direction.role == "target" else f"cos_{direction.name}"
+            signals[name] = store.dots([direction.name])[:, 0] / store.grad_norm
+        if "emb_grad_norm" in store.spec.signals:
+            signals |= {"emb_grad_norm": store.emb_grad_norm, "head_grad_norm": store.head_grad_norm}
+        at = np.where(_USABLE[self._status], self._stored, -1)
+        return columns | {name: _aligned(values, at) for name, values in signals.items()}
+
+    def _table(self, rows: Int64[np.ndarray, " n"]) -> pa.Table:
+        pool, chosen = self._pool, self._selection
+        place, order = self._place[rows], self._order[rows]
+        part = np.searchsorted(pool.starts, rows, side="right") - 1
+        files = [pool.files[k] for k in part.tolist()]
+        status = [STATUSES[code].value for code in self._status[rows].tolist()]
+        columns: dict[str, pa.Array] = {
+            "id": pa.array([pool.index.at(i) for i in rows.tolist()], pa.string()),
+            "source": pa.array([file.label for file in files], pa.string()),
+            "file": pa.array([file.path for file in files], pa.string()),
+            "row": pa.array(rows - np.array(pool.starts)[part], pa.int64()),
+            "status": pa.array(status, pa.string()),
+            "num_tokens": pa.array(self._tokens.columns.num_tokens[rows], pa.int32()),
+            "num_trained": pa.array(self._tokens.columns.num_trained[rows], pa.int32()),
+            **{name: _floats(self._signals[name], rows) for name in self._signals if name not in _PROBED},
+            "score": _taken(chosen.score, place, pa.float64()),
+            "rank": _taken(chosen.rank, place, pa.int32()),
+            "cluster": _taken(chosen.cluster, place, pa.int32()),
+            "selected": pa.array(order >= 0, pa.bool_()),
+            "order": pa.array(order, pa.int32(), mask=order < 0),
+            "weight": _taken(chosen.weights, order, pa.float32()),
+            "reason_code": pa.array(
+                [
+                    chosen.reason_code[i] if i >= 0 else f"unusable:{word.lower()}"
+                    for i, word in zip(place, status, strict=True)
+                ],
+                pa.string(),
+            ),
+            "reason": pa.array([self._reason(int(i)) for i in rows], pa.string()),
+        }
+        return pa.table(
+            columns | {name: _floats(self._signals[name], rows) for name in _PROBED if name in self._signals}
+        )
+
+    def _reason(self, i: int) -> str:
+        if self._place[i] >= 0:
+            return self._selection.reason[self._place[i]]
+        if self._failed[i]:
+            assert self._measured is not None
+            return self._measured.store.reason[self._stored[i]]
+        return self._tokens.reason(i)
 
 
-def write_audit(table: pa.Table, path: Path) -> None:
-    """Publish the audit table.
+def _found(index: Ids, ids: Sequence[str]) -> Int64[np.ndarray, " N"]:
+    """int64 [N] where each row of the pool stands among some ids, -1 for nowhere; ids of other pools are passed over."""
+    at = index.find(ids)
+    out = np.full(len(index) + 1, -1, dtype=np.int64)
+    out[at] = np.arange(len(ids))
+    return out[:-1]  # the last one took the ids that no row has
+
+
+def _taken(values: np.ndarray, at: Int64[np.ndarray, " n"], kind: pa.DataType) -> pa.Array:
+    """Values at places; null for no place, NaN and, among whole numbers, what is below zero."""
+    out = np.append(values, values.dtype.type(0))[at]
+    missing = (at < 0) | (np.isnan(out) if out.dtype.kind == "f" else out < 0)
+    return pa.array(out, mask=missing).cast(kind)
+
+
+def _aligned(values: Float[np.ndarray, " n"], at: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
+    """float32 [N] values at places; NaN for no place and for what is not finite."""
+    some = np.append(np.where(np.isfinite(values), values, np.nan), np.nan).astype(np.float32)
+    return some[at]
+
+
+def _floats(values: Float32[np.ndarray, " N"] | None, rows: Int64[np.ndarray, " n"]) -> pa.Array:
+    if values is None:
+        return pa.nulls(len(rows), pa.float32())
+    return pa.array(values[rows], pa.float32(), mask=np.isnan(values[rows]))
+
+
+def write_audit(rows: AuditRows, path: Path) -> None:
+    """Publish the audit table, a part at a time.
 
     Args:
-        table: from :func:`audit_table`.
+        rows: all of them.
         path: ``audit.parquet``.
+
+    Raises:
+        StoreError: an error of the disk (DiskFullError when it is full); ``path`` is as it was.
     """
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_bytes_atomic(path, buffer.getbuffer())
+
+    def write(temporary: Path) -> None:
+        parts = rows.parts()
+        first = next(parts)
+        with temporary.open("wb") as file, pq.ParquetWriter(file, first.schema) as writer:
+            for table in chain([first], parts):
+                writer.write_table(table)
+
+    publish(path, write)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import resource
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from gradsift.launch.seat import Seat
 from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
 from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
-from gradsift.pipeline.audit import audit_table, with_probes, write_audit
+from gradsift.pipeline.audit import AuditRows, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
 from gradsift.pipeline.fsdp import check_fsdp
 from gradsift.pipeline.learner import NavigatorLearner
@@ -153,8 +152,8 @@ def _write(
         write_bytes_atomic(template, prepared.rule.template.encode("utf-8"))
     else:
         template.unlink(missing_ok=True)
-    table = with_probes(audit_table(prepared, measured, selection), problem)
-    write_audit(table, place / "audit.parquet")
+    audit = AuditRows(prepared, measured, problem, selection)
+    write_audit(audit, place / "audit.parquet")
     write_json_atomic(place / "examples.json", example_rows(prepared, measured, problem, selection))
     details = ()
     if selection.details is not None:  # before the manifest, which says that the run is finished
@@ -169,7 +168,7 @@ def _write(
         "versions": versions(),
         "git_sha": git_sha(Path(__file__).parent),
         "inputs": _inputs(prepared),
-        "rows": _rows(prepared, table),
+        "rows": audit.counts(),
         **_measured(prepared, measured),
         "sketch": sketch_noise(problem),
         "screen": screened.summary(selection) if screened else None,
@@ -196,27 +195,6 @@ def _inputs(prepared: Prepared) -> list[dict[str, Any]]:
         for source in (prepared.pool, *prepared.directions)
         for file in source.pool.files
     ]  # fmt: skip
-
-
-def _rows(prepared: Prepared, table: Any) -> dict[str, Any]:
-    status = table["status"].to_pylist()
-    usable = [s in ("OK", "TRUNCATED") for s in status]
-    trained = table["num_trained"].to_pylist()
-    tokens = table["num_tokens"].to_pylist()
-    sources: dict[str, dict[str, int]] = {}
-    for name, ok, count in zip(table["source"].to_pylist(), usable, trained, strict=True):
-        entry = sources.setdefault(name, {"read": 0, "usable": 0, "trained_tokens": 0})
-        entry["read"] += 1
-        entry["usable"] += ok
-        entry["trained_tokens"] += count if ok else 0
-    return {
-        "read": len(status),
-        "status": dict(Counter(status)),
-        "usable": sum(usable),
-        "tokens": sum(n for n, ok in zip(tokens, usable, strict=True) if ok),
-        "trained_tokens": sum(n for n, ok in zip(trained, usable, strict=True) if ok),
-        "sources": sources,
-    }
 
 
 def _measured(prepared: Prepared, measured: Measurement | None) -> dict[str, Any]:
