@@ -45,6 +45,7 @@ def a_run(folder: Any, seed: int, dedup: str, part: int) -> tuple[AuditRows, lis
     measured_ids = sorted({name for row, name in zip(tokens, first, strict=True) if row.status.usable})
     good = draw.random(len(measured_ids)) < 0.7
     n = len(measured_ids)
+    dots = draw.standard_normal((n, 2))
     store = SimpleNamespace(
         ids=tuple(measured_ids),
         status=tuple(RowStatus.OK if ok else RowStatus.NONFINITE_LOSS for ok in good),
@@ -52,7 +53,7 @@ def a_run(folder: Any, seed: int, dedup: str, part: int) -> tuple[AuditRows, lis
         loss=np.where(good, draw.random(n), np.nan), grad_norm=np.where(good, draw.random(n) + 0.1, np.nan),
         emb_grad_norm=draw.random(n), head_grad_norm=draw.random(n),
         spec=SimpleNamespace(signals=("emb_grad_norm",) if seed % 2 else ()),
-        dots=lambda names, table=draw.standard_normal((n, 2)): table[:, [["keep", "target"].index(names[0])]],
+        dots=lambda names: dots[:, [["keep", "target"].index(names[0])]],
     )  # fmt: skip
     directions = (SimpleNamespace(name="keep", role="protect"), SimpleNamespace(name="target", role="target"))
     measured: Any = None if seed % 5 == 0 else SimpleNamespace(store=store, directions=directions)
