@@ -139,9 +139,9 @@ def step_audit(folder: Path, dim: int, out: Path) -> dict[str, Any]:
     from scale_world import stand_ins
 
     from gradsift.manifest import make_folder, write_json_atomic
-    from gradsift.pipeline.audit import audit_table, write_audit
+    from gradsift.pipeline.audit import AuditRows, write_audit
     from gradsift.pipeline.checks import batch_checks, sketch_noise
-    from gradsift.pipeline.run import FORMAT, _rows, _selection
+    from gradsift.pipeline.run import FORMAT, _selection
 
     store, problem = open_problem(folder, dim)
     chosen = choose(problem, "ogs_dual")
@@ -150,15 +150,15 @@ def step_audit(folder: Path, dim: int, out: Path) -> dict[str, Any]:
     before = memory_now()["peak"]
 
     def write() -> Any:
-        table = audit_table(prepared, measured, chosen)
-        write_audit(table, out / "selection/audit.parquet")
-        return table
+        rows = AuditRows(prepared, measured, problem, chosen)
+        write_audit(rows, out / "selection/audit.parquet")
+        return rows
 
-    table, audit = timed(write)
+    rows, audit = timed(write)
     checks, checked = timed(lambda: batch_checks(problem, chosen, 7))
     write_json_atomic(
         out / "manifest.json",
-        {"format": FORMAT, "inputs": [], "rows": _rows(prepared, table), "sketch": sketch_noise(problem),
+        {"format": FORMAT, "inputs": [], "rows": rows.counts(), "sketch": sketch_noise(problem),
          "selection": _selection(chosen), **checks, "cost": {}},
     )  # fmt: skip
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.data.ids import IdsBuilder
+from gradsift.data.rows import STATUSES, Pool, PoolColumns, PoolFile
+from gradsift.data.spool import Remarks, Spool
+from gradsift.data.token_rows import TokenRows
+from gradsift.data.tokens import TokenColumns, TokenPart, TokenTable
 from gradsift.seeds import stream
 from gradsift.store.shards import ShardResult
 from gradsift.store.signals import SignalStore
@@ -128,32 +132,28 @@ def problem_of(store: SignalStore, sketch: object | None = None) -> Problem:
     )  # type: ignore[arg-type] # fmt: skip
 
 
-class _Stand:
-    """Rows made one by one as they are looked at, so that only what is measured takes memory."""
-
-    def __init__(self, size: int, make: Callable[[int], object]) -> None:
-        self._size, self._make = size, make
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, i: int) -> object:
-        return self._make(i)
-
-    def __iter__(self) -> Iterator[object]:
-        return (self._make(i) for i in range(self._size))
-
-
 def stand_ins(store: SignalStore, problem: Problem) -> tuple[Any, Any]:
-    """Give what the audit table reads of inputs and measurement; the texts of a million rows are not what is measured."""
-
-    def row(i: int) -> SimpleNamespace:
-        return SimpleNamespace(id=store.ids[i], copy_of=None, source=problem.sources[i], file="pool.jsonl", row=i)
-
-    def tokens(i: int) -> SimpleNamespace:
-        return SimpleNamespace(id=store.ids[i], status=RowStatus.OK, reason="", num_tokens=int(store.num_tokens[i]),
-                               num_trained=int(store.num_trained[i]))  # fmt: skip
-
-    pool = SimpleNamespace(pool=SimpleNamespace(rows=_Stand(store.size, row)), tokens=_Stand(store.size, tokens))
-    directions = (*problem.anchors, problem.target)
-    return SimpleNamespace(pool=pool), SimpleNamespace(store=store, directions=directions)
+    """Give what the audit table reads of inputs and measurement: a pool whose rows have these ids, in no file that is read."""
+    size = store.size
+    builder = IdsBuilder()
+    for number in range(size):
+        builder.add_line(f"{SEED}/{number}".encode())  # the hash that row_id gives
+    ids, first, clash = builder.seal(np.ones(size, dtype=bool))
+    assert clash is None
+    at = ids.find(store.ids)
+    assert at.min() >= 0
+    fine = np.full(size, STATUSES.index(RowStatus.OK), dtype=np.uint8)
+    reasons = Remarks(np.zeros(0, dtype=np.int64), Spool().seal())
+    starts = np.linspace(0, size, len(SOURCES) + 1).astype(int)
+    files = tuple(PoolFile(name, f"{name}.jsonl", "jsonl", "0" * 64, int(n), {"text": int(n)})
+                  for name, n in zip(SOURCES, np.diff(starts), strict=True))  # fmt: skip
+    pool = Pool(PoolColumns(ids, first, fine, np.ones(size, dtype=np.uint8), reasons, "auto"), files, ())
+    num_tokens, num_trained, none = (np.zeros(size, dtype=np.int32) for _ in range(3))
+    num_tokens[at], num_trained[at] = store.num_tokens, store.num_trained
+    columns = TokenColumns(
+        fine, num_tokens, num_trained, num_tokens, none, np.zeros(size, dtype="S16"), none.astype(np.uint8), none,
+        none.astype(np.uint32),
+    )  # fmt: skip
+    tokens = TokenRows(TokenTable(pool, [TokenPart(columns, b"")]))
+    prepared = SimpleNamespace(pool=SimpleNamespace(pool=pool, tokens=tokens))
+    return prepared, SimpleNamespace(store=store, directions=(*problem.anchors, problem.target))

@@ -50,6 +50,7 @@ class AuditRows:
         self._measured, self._selection, self._part = measured, selection, part
         self._place = _found(self._pool.index, selection.problem_ids)
         self._order = _found(self._pool.index, selection.ids)
+        self._undecided = _found(self._pool.index, selection.cut.undecided) >= 0
         self._status = self._tokens.columns.status.copy()
         # Where each row, or the first copy of it, was measured.
         self._stored = np.full(len(self._pool), -1, dtype=np.int64)
@@ -139,6 +140,7 @@ class AuditRows:
             "selected": pa.array(order >= 0, pa.bool_()),
             "order": pa.array(order, pa.int32(), mask=order < 0),
             "weight": _taken(chosen.weights, order, pa.float32()),
+            "undecided": pa.array(self._undecided[rows], pa.bool_()),
             "reason_code": pa.array(
                 [
                     chosen.reason_code[i] if i >= 0 else f"unusable:{word.lower()}"

@@ -39,6 +39,7 @@ from gradsift.seeds import stream
 from gradsift.types import Problem, Selection
 
 FORMAT = 1
+NUM_NAMED = 100  # undecided rows that the manifest names
 
 __all__ = ["Outcome", "Progress", "Silent", "select"]
 
@@ -244,7 +245,8 @@ def _selection(selection: Selection) -> dict[str, Any]:
         "cut": {
             "margin": selection.cut.margin,
             "bound": selection.cut.bound,
-            "undecided": list(selection.cut.undecided),
+            "num_undecided": len(selection.cut.undecided),
+            "undecided": list(selection.cut.undecided[:NUM_NAMED]),  # all of them in audit.parquet
             "known": selection.cut.known,
         },
         "certificate": dataclasses.asdict(selection.certificate) if selection.certificate else None,

@@ -127,8 +127,14 @@ class CutEntry(Part):
 
     margin: float | None = None
     bound: float | None = None
+    num_undecided: int | None = None
     undecided: Listed[str] = ()
     known: bool = True
+
+    @property
+    def count(self) -> int:
+        """Rows whose side is not settled; older runs name them all."""
+        return len(self.undecided) if self.num_undecided is None else self.num_undecided
 
 
 class CertificateEntry(Part):

@@ -178,8 +178,10 @@ def scores(run: Run) -> Figure | None:
     total = len(rows)
     rows = rows[sample_rows([audit.ids[i] for i in rows], audit.selected[rows], 4_000)]
     cut = run.manifest.selection.cut
-    open_ids = set(cut.undecided) if cut and cut.known else set()
-    undecided = np.array([audit.ids[i] in open_ids for i in rows], dtype=bool)
+    undecided = np.zeros(len(rows), dtype=bool)
+    if cut and cut.known:
+        named = set(cut.undecided)  # all of them in runs of before the column
+        undecided = np.array([audit.undecided[i] or audit.ids[i] in named for i in rows], dtype=bool)
     svg = render_svg(charts.score_curve(audit.rank[rows], audit.score[rows], audit.selected[rows], undecided))
     says = f"{plural(total, 'candidate')} by rank"
     says += f", {count(len(rows))} of them drawn by id. " if len(rows) < total else ". "

@@ -30,6 +30,7 @@ class Audit:
         sources: N labels.
         usable: bool [N], status OK or TRUNCATED.
         selected: bool [N].
+        undecided: bool [N], rows whose side of the cut the measurement does not settle; all False in runs of before the column.
         num_tokens: float64 [N].
         num_trained: float64 [N].
         loss: float64 [N].
@@ -44,6 +45,7 @@ class Audit:
     sources: tuple[str, ...]
     usable: Bool[np.ndarray, " N"]
     selected: Bool[np.ndarray, " N"]
+    undecided: Bool[np.ndarray, " N"]
     num_tokens: Float[np.ndarray, " N"]
     num_trained: Float[np.ndarray, " N"]
     loss: Float[np.ndarray, " N"]
@@ -160,6 +162,7 @@ def read_audit(path: Path) -> Audit:
             ids=tuple(table.column("id").to_pylist()),
             sources=tuple(table.column("source").to_pylist()),
             usable=np.array([s.usable for s in statuses], dtype=bool),
+            undecided=_flags(table, "undecided"),
             selected=np.array([bool(s) for s in table.column("selected").to_pylist()], dtype=bool),
             cos={name.removeprefix("cos_"): _floats(table, name) for name in cosines},
             reason_code=tuple(code or "" for code in table.column("reason_code").to_pylist()),
@@ -170,6 +173,12 @@ def read_audit(path: Path) -> Audit:
         raise StoreError(
             "the audit table cannot be read", where=str(path), got=reason, do="run the select command again"
         ) from None
+
+
+def _flags(table: pa.Table, name: str) -> Bool[np.ndarray, " N"]:
+    if name not in table.column_names:
+        return np.zeros(table.num_rows, dtype=bool)
+    return np.array([bool(one) for one in table.column(name).to_pylist()], dtype=bool)
 
 
 def _floats(table: pa.Table, name: str) -> Float[np.ndarray, " N"]:

@@ -310,10 +310,10 @@ def cut_words(manifest: Manifest) -> str:
             f"The numerical bound of the signals is {bound}. How far errors of that size move the choice is not known: "
             "between the signals and the choice lies more than a comparison of scores, so no row's side is proven."
         )
-    if cut.undecided:
+    if cut.count:
         return (
             f"The margin at the cut is {margin}, the numerical bound {bound}. "
-            f"{plural(len(cut.undecided), 'row')} could change sides if the signals were measured again; ids settled them."
+            f"{plural(cut.count, 'row')} could change sides if the signals were measured again; ids settled them."
         )
     if cut.margin == 0:
         return (

@@ -7,6 +7,8 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tests.report_fixture import HOSTILE, write_run
@@ -14,6 +16,7 @@ from tests.report_fixture import HOSTILE, write_run
 from gradsift.errors import ConfigError, StoreError
 from gradsift.report.card import render_card
 from gradsift.report.page import CSP, render_report
+from gradsift.report.run import read_run
 
 OPTIONAL = ("navigator", "spec", "directions", "direction_cos", "noise", "sketch", "batch_check", "set_conflict")
 
@@ -108,3 +111,21 @@ def test_the_card_is_a_data_set_card(tmp_path):
     assert front["configs"][0]["data_files"][0]["path"] == "selected.jsonl"
     for words in ("load_dataset", "SFTConfig", "dataset_info.json", "axolotl", "## Limits", manifest["command"]):
         assert words in card
+
+
+def test_many_undecided_rows_are_counted_and_found_in_the_table(tmp_path):
+    run = write_run(tmp_path / "run")
+    plain = render_report(run).read_text("utf-8")
+    assert "1 row could change sides" in plain  # a run of before the column names them all in its manifest
+    path = run / "selection/audit.parquet"
+    table = pq.read_table(path)
+    usable = [status in ("OK", "TRUNCATED") for status in table["status"].to_pylist()]
+    pq.write_table(table.append_column("undecided", pa.array(usable)), path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["selection"]["cut"] |= {"num_undecided": 1234}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    page = render_report(run).read_text("utf-8")
+    assert "1,234 rows could change sides" in page
+    assert "1,234 undecided" in page
+    assert "more in audit.parquet" in page
+    assert read_run(run).audit.undecided.tolist() == usable
