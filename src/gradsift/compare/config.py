@@ -21,13 +21,13 @@ class WorldConfig(Strict):
     """Where the arms are compared.
 
     Args:
-        name: arithmetic, text or real.
+        name: arithmetic, text, real, or junk (real with rows that do harm).
         settings: fields of the world's settings that differ from their defaults.
         exchangeable: keep only distinct pool rows of this planted kind, so that no kind can be told from another;
             empty keeps the pool.
     """
 
-    name: Literal["arithmetic", "text", "real"] = "arithmetic"
+    name: Literal["arithmetic", "text", "real", "junk"] = "arithmetic"
     settings: dict[str, Any] = Field(default_factory=dict)
     exchangeable: str = ""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from torch import nn
@@ -99,6 +100,25 @@ class RealSettings:
                 got=f"{self.duplicate} copies, {self.copies} of each of {self.clean} clean rows",
                 expected="copies >= 1 and duplicate <= copies * clean",
             )
+
+    @property
+    def bad(self) -> Mapping[str, int]:
+        """Kind of bad domain row -> how many the pool holds."""
+        return {"wrong": self.wrong}
+
+    def spoiled(self, kind: str, item: Item, others: Sequence[Item], seed: int) -> str:
+        """Give a domain question a bad answer.
+
+        Args:
+            kind: of ``bad``.
+            item: the question and its right answer.
+            others: all items of its source.
+            seed: of the world.
+
+        Returns:
+            The answer.
+        """
+        return wrong_answer(item, others, seed)
 
 
 def real_world(
@@ -206,7 +226,7 @@ def _deal(s: RealSettings, items: Items, seed: int) -> dict[str, dict[str, tuple
     """Deal the items of every source to the roles."""
     own, general = DOMAINS[s.domain], tuple(GENERAL)
     sizes: dict[str, dict[str, int]] = {source: {"eval": s.num_eval, "target": s.num_target} for source in own}
-    sizes[own[0]]["pool"] = s.clean + s.wrong
+    sizes[own[0]]["pool"] = s.clean + sum(s.bad.values())
     for name, sources in GENERAL.items():
         for source in sources:
             sizes[source] = {
@@ -229,9 +249,11 @@ def _pool(
     """Make the pool in id order: id, kind, item, answer."""
     own = DOMAINS[s.domain][0]
     mine = dealt[own]["pool"]
-    clean, wrong = mine[: s.clean], mine[s.clean :]
+    clean, rest = mine[: s.clean], iter(mine[s.clean :])
     made = [("clean", item.id, item, item.answer) for item in clean]
-    made += [("wrong", item.id, item, wrong_answer(item, items.by_source[own], seed)) for item in wrong]
+    for kind, count in s.bad.items():
+        some = islice(rest, count)
+        made += [(kind, item.id, item, s.spoiled(kind, item, items.by_source[own], seed)) for item in some]
     for k in range(s.duplicate):
         item = clean[k // s.copies]
         made.append(("duplicate", f"{item.id}/{k % s.copies}", item, item.answer))

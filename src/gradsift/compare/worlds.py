@@ -20,7 +20,9 @@ _WORLDS = {
     "arithmetic": ("gradsift.compare.arithmetic", "arithmetic_world", ""),
     "text": ("gradsift.compare.text_world", "text_world", "TEXT_GRID"),
     "real": ("gradsift.compare.real_world", "real_world", "REAL_GRID"),
+    "junk": ("gradsift.compare.junk_world", "junk_world", "REAL_GRID"),
 }
+_REAL = ("real", "junk")  # a real model, whose frozen weights all models of a seed share
 
 
 def _builder(name: str) -> tuple[Callable[..., World], type[Any]]:
@@ -67,7 +69,7 @@ def place(config: WorldConfig, device: str, turn: int = 0) -> str:
     Args:
         config: which world.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``: planted worlds train models of a few layers, which a processor
-            core does faster, so only the real one takes a GPU unasked.
+            core does faster, so only those with a real model take a GPU unasked.
         turn: which of several processes asks; they share the GPUs evenly.
 
     Returns:
@@ -76,7 +78,7 @@ def place(config: WorldConfig, device: str, turn: int = 0) -> str:
     Raises:
         ModelError: there is no such device.
     """
-    if device == "auto" and config.name != "real":
+    if device == "auto" and config.name not in _REAL:
         return "cpu"
     import torch
 
@@ -100,7 +102,7 @@ def build_world(config: WorldConfig, seed: int, device: str = "cpu") -> World:
         The world.
     """
     build, _ = _builder(config.name)
-    if config.name == "real":  # its frozen weights are shared by all models of the seed
+    if config.name in _REAL:
         world = build(seed, world_settings(config), device=device)
     else:
         world = build(seed, world_settings(config))

@@ -128,7 +128,7 @@ def _result(
 ) -> ShardResult:
     usable = np.array([status.usable for status, _ in statuses])
 
-    def column(name: str, extra: bool = False) -> Float[np.ndarray, "..."]:
+    def column(name: str, extra: bool = False) -> Float[np.ndarray, "*shape"]:
         stacked = np.concatenate([p.extra[name] if extra else getattr(p, name) for p in parts])
         shape = (-1,) + (1,) * (stacked.ndim - 1)
         return np.where(usable.reshape(shape), stacked, np.nan)

@@ -209,7 +209,7 @@ def unpermute(weight: Float[np.ndarray, "out in"], num_heads: int) -> Float[np.n
     return weight.reshape(num_heads, out // num_heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def _llama_tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
+def _llama_tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
     from gguf.quants import dequantize
 
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}

@@ -268,10 +268,11 @@ def test_too_little_text_for_the_base_is_refused(corpus):
 
 def test_the_settings_are_plain_values_that_a_recipe_can_hold():
     from gradsift.compare.config import WorldConfig
+    from gradsift.compare.junk_world import JunkSettings
     from gradsift.compare.real_world import RealSettings
     from gradsift.compare.worlds import world_settings
 
-    for name, kind in (("text", TextSettings), ("real", RealSettings)):
+    for name, kind in (("text", TextSettings), ("real", RealSettings), ("junk", JunkSettings)):
         assert world_settings(WorldConfig(name=name, settings=asdict(kind()))) == kind()
 
 
