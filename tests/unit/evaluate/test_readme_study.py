@@ -58,6 +58,15 @@ def test_every_claim_over_random_and_the_best_cheap_arm_is_refused_as_the_rule_w
     assert not any(one["interval"]["low"] > 0 for one in pairs), "nor was one for any cheap arm"
 
 
+def test_what_an_oracle_wins_is_told():
+    text = " ".join(section().split())
+    for domain in ("medical", "legal"):
+        (claim,) = found(f"oracle-{domain}")["claims"]
+        assert (claim["arm"], claim["baseline"], claim["supported"]) == ("oracle", "random", False)
+        assert f"{domain} {gap(claim['interval'])}" in text
+        assert claim["interval"]["n"] == 10
+
+
 def test_what_the_area_hides_is_told():
     (legal,) = (arm for arm in found("deep-legal")["arms"] if arm["name"] == "ogs_dual")
     (plain,) = (arm for arm in found("deep-legal")["arms"] if arm["name"] == "random")
