@@ -56,6 +56,21 @@ def texts_of(pool: Pool, rows: Sequence[TokenRow]) -> list[str]:
     return [plain_text(pool.row(int(i))) for i in places(pool, rows)]
 
 
+def lengths(rows: Sequence[TokenRow]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Count rows' tokens.
+
+    Args:
+        rows: n token rows.
+
+    Returns:
+        int64 [n] tokens of each row, and int64 [n] trained tokens.
+    """
+    if isinstance(rows, TokenRows):
+        return rows.num_tokens.astype(np.int64), rows.num_trained.astype(np.int64)
+    pairs = np.array([(row.num_tokens, row.num_trained) for row in rows], dtype=np.int64).reshape(-1, 2)
+    return pairs[:, 0].copy(), pairs[:, 1].copy()
+
+
 def pick(rows: Sequence[TokenRow], at: Int64[np.ndarray, " k"]) -> Sequence[TokenRow]:
     """Choose rows by their indices.
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gradsift.data.lexical import lexical_scores
-from gradsift.data.token_rows import pick, places, sorted_by_id, texts_of
+from gradsift.data.token_rows import lengths, pick, places, sorted_by_id, texts_of
 from gradsift.pipeline.checkpoints import checkpoint_fields
 from gradsift.pipeline.forward import extra_fields, text_fields
 from gradsift.pipeline.measure import Measurement
@@ -61,13 +61,14 @@ def build_problem(prepared: Prepared, measured: Measurement | None, probed: Prob
     """
     rows, pool = eligible_rows(prepared, measured), prepared.pool.pool
     where = places(pool, rows)
+    num_tokens, num_trained = lengths(rows)
     common = {
         "ids": tuple(row.id for row in rows),
         "sources": tuple(pool.label(int(i)) for i in where),
-        "num_tokens": np.array([row.num_tokens for row in rows], dtype=np.int64),
-        "num_trained": np.array([row.num_trained for row in rows], dtype=np.int64),
+        "num_tokens": num_tokens,
+        "num_trained": num_trained,
         "num_read": len(prepared.pool.tokens),
-        "num_trained_read": sum(row.num_trained for row in prepared.pool.tokens),
+        "num_trained_read": int(lengths(prepared.pool.tokens)[1].sum()),
         "lexical": _lexical(prepared, rows),
         "likeness": _likeness(prepared, rows),
         "general": tuple(source.label for source in prepared.recipe.general),

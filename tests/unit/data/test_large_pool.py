@@ -23,7 +23,7 @@ from gradsift.data.ids import IdsBuilder
 from gradsift.data.pool import Pool, open_source, read_pool
 from gradsift.data.spool import Remarks, Spool
 from gradsift.data.token_cache import tokenize_pool
-from gradsift.data.token_rows import TokenRows, among, content_of, pick, places, sorted_by_id
+from gradsift.data.token_rows import TokenRows, among, content_of, lengths, pick, places, sorted_by_id
 from gradsift.data.tokenize import mask_rule, tokenize_rows
 from gradsift.data.tokens import content_hash
 from gradsift.errors import DataError
@@ -272,6 +272,8 @@ def test_tokens_of_the_cache_equal_those_in_memory(disk, tmp_path_factory, first
         assert [row.id for row in sorted_by_id(got)] == [row.id for row in sorted_by_id(twin)]
         assert got.num_tokens.tolist() == [row.num_tokens for row in twin]
         assert got.num_trained.tolist() == [row.num_trained for row in twin]
+        for one, other in zip(lengths(got), lengths(list(got)), strict=True):
+            assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
         some = {twin[0].id, twin[-1].id, "nobody"}
         assert [row.id for row in among(got, some)] == [row.id for row in among(twin, some)]
         assert places(pool, got).tolist() == places(pool, list(twin)).tolist() == list(range(len(twin)))
