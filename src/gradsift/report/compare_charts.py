@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Okabe and Ito (2008), then greys; the page names them in its own key.
 KIND_COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#8A9099", "#B8B2A7", "#5B626B")
 ROW = 21
+PLANE = (560, 380)  # pixels
 FEW_ARMS = 10
 """Up to so many arms are all named in the plane."""
 
@@ -77,15 +78,18 @@ def plane(config: CompareConfig, analysis: Analysis) -> Figure:
     cut = sum(_below(p, corner) for arm in analysis.arms for p in arm.points)
     few = len(analysis.arms) <= FEW_ARMS
     layers: list[Any] = []
-    for role in ("other", "baseline", "bound", "claimed"):
-        for arm in (arm for arm in analysis.arms if part[arm.name] == role):
-            layers += _path(arm, role, ways, corner, few or role != "other")
+    order = ("other", "baseline", "bound", "claimed")
+    for arm in sorted(analysis.arms, key=lambda arm: order.index(part[arm.name])):
+        layers += _path(arm, part[arm.name], ways, corner)
+    loudest = sorted(analysis.arms, key=lambda arm: -order.index(part[arm.name]))
+    named = [arm for arm in loudest if few or part[arm.name] != "other"]
+    layers += _names(named, part, ways, spans, corner)
     text = f"{plural(len(analysis.arms), 'arm')}, each at {plural(len(analysis.arms[0].points), 'learning rate')}"
     says = f"{text}, mean over seeds. Up and to the right is better; filled points are on their arm's front."
     if cut:
         at = f"({corner[0]:g}, {corner[1]:g})"
         says += f" Triangles at the edge: {plural(cut, 'point')} below the corner {at}, which add nothing."
-    return Figure("Gain and forgetting", render_svg(_chart(layers, 560, 380)), says)
+    return Figure("Gain and forgetting", render_svg(_chart(layers, *PLANE)), says)
 
 
 def _below(point: PlanePoint, corner: tuple[float, float]) -> bool:
@@ -100,7 +104,7 @@ def _span(values: Sequence[float], low: float) -> list[float]:
     return [max(low, min(values) - margin), max(values) + margin]
 
 
-def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any], corner: tuple[float, float], named: bool) -> list[Any]:
+def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any], corner: tuple[float, float]) -> list[Any]:
     import altair as alt
 
     color, loud = _COLOR[role], role != "other"
@@ -126,15 +130,63 @@ def _path(arm: ArmFigures, role: str, ways: Mapping[str, Any], corner: tuple[flo
         mark = alt.Chart(_data(cut)).mark_point(color=color, shape="triangle-left", size=46 if loud else 16,
                                                 opacity=1 if loud else 0.6)  # fmt: skip
         layers.append(mark.encode(**ways))
-    if named:
-        # At the point that spans the largest area by itself: the gentlest rates of all arms lie in one spot.
+    return layers
+
+
+def _names(
+    arms: Sequence[ArmFigures],
+    part: Mapping[str, str],
+    ways: Mapping[str, Any],
+    spans: Sequence[Sequence[float]],
+    corner: tuple[float, float],
+) -> list[Any]:
+    """Write each arm's name beside the point that spans the largest area by itself: the gentlest rates of all lie in one spot."""
+    import altair as alt
+
+    layers: list[Any] = []
+    taken: list[tuple[float, float, float]] = []
+    for arm in arms:
         top = arm.best_point(corner)
         label = one_line(arm.name, 26) + (f" ({top.x:.3g}, {top.y:.3g})" if _below(top, corner) else "")
-        text = alt.Chart(_data([{"x": top.x, "y": top.y, "label": label}]))
-        layers.append(
-            text.mark_text(color=color, align="left", dx=7, dy=-5, fontSize=11).encode(**ways, text="label:N")
+        share = [
+            min(max((v - low) / (high - low), 0.0), 1.0) for v, (low, high) in zip((top.x, top.y), spans, strict=True)
+        ]
+        left, dy = free_place(share[0] * PLANE[0], (1 - share[1]) * PLANE[1], 6.2 * len(label), taken)
+        text = alt.Chart(_data([{"x": top.x, "y": top.y, "label": label}])).mark_text(
+            color=_COLOR[part[arm.name]], align="left" if left else "right", dx=7 if left else -7, dy=dy, fontSize=11
         )
+        layers.append(text.encode(**ways, text="label:N"))
     return layers
+
+
+def free_place(x: float, y: float, width: float, taken: list[tuple[float, float, float]]) -> tuple[bool, float]:
+    """Find room for a name beside a point, as near as there is.
+
+    Args:
+        x: pixels of the point from the left edge of the plane.
+        y: pixels from its top.
+        width: of the name.
+        taken: left end, right end and middle height of the names that stand; the new one is added.
+
+    Returns:
+        Whether the name stands right of its point rather than left, and how far below it (pixels). Where all is
+        taken it overlaps another one.
+    """
+    height = 13.0
+    steps = [0, *(k * sign for k in range(1, 8) for sign in (1, -1))]
+    sides = [side for side, fits in ((True, x + 7 + width <= PLANE[0] + 12), (False, x - 7 - width >= 0)) if fits] or [
+        True
+    ]
+    for step in steps:
+        dy = -5 + step * height
+        if step and not 0 <= y + dy <= PLANE[1]:
+            continue
+        for right in sides:
+            low, high = (x + 7, x + 7 + width) if right else (x - 7 - width, x - 7)
+            if all(high <= a or b <= low or abs(y + dy - c) >= height for a, b, c in taken):
+                taken.append((low, high, y + dy))
+                return right, dy
+    return sides[0], -5.0
 
 
 def differences(config: CompareConfig, analysis: Analysis, pairs: Sequence[Pair]) -> Figure | None:

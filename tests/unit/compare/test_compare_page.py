@@ -6,9 +6,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.fabricated import cell, config, filed, table, values
 
 from gradsift.compare.analysis import Missing, analyse
+from gradsift.report.compare_charts import free_place
 from gradsift.report.compare_page import headline, render_compare, render_html
 
 MEANS = {"random": 0.20, "cheap": 0.25, "ours": 0.10, "oracle": 0.60}
@@ -127,3 +130,23 @@ def test_a_failed_placebo_is_the_headline(tmp_path):
     assert "placebo check failed" in headline(found, got)
     path = render_compare(tmp_path, found, got, MANIFEST)
     assert "THE CHECK FAILS" in path.read_text("utf-8")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 560), st.floats(0, 380), st.floats(20, 160)), min_size=1, max_size=7))
+def test_names_in_the_plane_do_not_lie_on_each_other(points):
+    taken = []
+    for x, y, width in points:
+        right, dy = free_place(x, y, width, taken)
+        low, high, middle = taken[-1]
+        assert middle == pytest.approx(y + dy)
+        assert (low, high) == pytest.approx((x + 7, x + 7 + width) if right else (x - 7 - width, x - 7))
+    assert len(taken) == len(points)
+    for k, (a, b, c) in enumerate(taken):
+        for d, e, f in taken[:k]:
+            assert b <= d or e <= a or abs(c - f) >= 12.99
+
+
+def test_a_lone_name_stands_right_above_its_point_and_left_of_it_at_the_right_edge():
+    assert free_place(100, 100, 80, []) == (True, -5)
+    assert free_place(540, 100, 80, []) == (False, -5)
