@@ -113,7 +113,7 @@ def write_store(folder: Path, num_rows: int, dim: int, rows_per_shard: int) -> d
     return {"num_rows": made, "opening_seconds": opened, "committing_seconds": committing}
 
 
-def problem_of(store: SignalStore, sketch: object | None = None) -> Problem:
+def problem_of(store: SignalStore, sketch: Any = None) -> Problem:
     """Join the signals as pipeline.problem does, without the texts that no file of this benchmark holds."""
     directions = {
         name: Direction(name, "target" if name == "target" else "protect", 1.0, 200, 50_000, 0.9, 0.01)

@@ -85,7 +85,7 @@ def slow_rows(pool: Any, tokens: Any, measured: Any, problem: Any, selection: An
     for row, token in zip(pool.rows, tokens, strict=True):
         i, m = place.get(row.id), found.get(row.copy_of or row.id) if token.status.usable else None
         status, reason = token.status, token.reason
-        if m is not None and not measured.store.status[m].usable:
+        if m is not None and measured is not None and not measured.store.status[m].usable:
             status, reason = measured.store.status[m], measured.store.reason[m]
         one: dict[str, Any] = {
             "id": row.id, "source": row.source, "file": row.file, "row": row.row, "status": status.value,
@@ -99,8 +99,9 @@ def slow_rows(pool: Any, tokens: Any, measured: Any, problem: Any, selection: An
             if store.spec.signals:
                 signals |= {"emb_grad_norm": store.emb_grad_norm, "head_grad_norm": store.head_grad_norm}
         for name, values in signals.items():
-            known = values is not None and m is not None and status.usable and np.isfinite(values[m])
-            one[name] = float(np.float32(values[m])) if known else None
+            known = values is not None and m is not None and status.usable
+            value = values[m] if known else np.nan  # type: ignore[index]
+            one[name] = float(np.float32(value)) if np.isfinite(value) else None
         score = None if i is None or np.isnan(selection.score[i]) else float(selection.score[i])
         one["score"] = score
         for name in ("rank", "cluster"):
