@@ -65,7 +65,7 @@ floors: $(VENV)/.dev
 	$(BIN)/uv pip install --quiet --no-deps --python $(FLOORS)/bin/python --requirement $(FLOORS)/requirements.txt
 	$(BIN)/uv pip install --quiet --constraint $(FLOORS)/requirements.txt --python $(FLOORS)/bin/python \
 		pytest pytest-xdist pytest-timeout 'hypothesis>=6.100' 'beartype>=0.19'
-	$(BIN)/uv pip install --quiet --no-deps --python $(FLOORS)/bin/python --editable .
+	$(BIN)/uv pip install --quiet --no-deps --python $(FLOORS)/bin/python --editable . dattri-llm==0.1.0
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(FLOORS)/bin/python -m pytest -n 2 -m "not slow" --timeout 400 $(ARGS)
 
 bench: $(VENV)/.dev

@@ -301,8 +301,11 @@ def _chat(
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
         **extra,
     }
+    said = list(messages)
+    if not said:  # not every version of transformers says so
+        raise ValueError("empty conversation")
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
-        list(messages), tokenize=True, return_dict=True, **options, **chosen
+        said, tokenize=True, return_dict=True, **options, **chosen
     )
 
 
