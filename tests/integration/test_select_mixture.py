@@ -156,6 +156,8 @@ def test_what_the_proxy_took_is_said_and_no_row_is_said_to_be_settled_by_id(clea
     assert not outcome.selection.cut.known
     assert "how far it moves this choice is not known" in verdict(manifest)
     assert "settled by id" not in verdict(manifest)
+    cut = {"known": True, "margin": 0.0, "bound": 1.0, "num_undecided": 5000, "undecided": ["a"] * 100}
+    assert "5000 rows inside the bound" in verdict({**manifest, "selection": {**manifest["selection"], "cut": cut}})
 
 
 def test_what_the_proxy_cannot_use_is_refused_before_a_model_loads(files, navigator, tmp_path):

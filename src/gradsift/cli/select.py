@@ -379,8 +379,8 @@ def verdict(manifest: Any) -> str:
     cut = chosen["cut"]
     if cut.get("known", True):
         text += f"\nmargin at the cut {cut['margin']:.3g}, numerical bound {cut['bound']:.3g}"
-        if cut["undecided"]:
-            text += f"; {len(cut['undecided'])} rows inside the bound were settled by id"
+        if count := cut.get("num_undecided", len(cut["undecided"])):
+            text += f"; {count} rows inside the bound were settled by id"
     else:
         text += f"\nnumerical bound of the signals {cut['bound']:.3g}; how far it moves this choice is not known"
     if noise:

@@ -1,15 +1,15 @@
 """The real-data world with rows that do harm, all of them in the words of the domain (ours).
 
-In the world ``real`` it is worth nothing to know the kind of every row: its oracle is no better than random
-(``docs/results/LOG.md``), because SmolLM2 learns the form of an answer and not whether it is right. Here a part of the pool teaches
-a bad form: *echo* rows answer with their own question, *refusal* rows decline, *salad* rows have the words of the right answer
-in another order. Echoes are easy to predict, refusals soon, salads never, so no one end of the loss holds them all.
+In the world ``real`` it is worth nothing to know the kind of every row: in three domains the oracle is no better than random
+(``docs/results/LOG.md``), probably because SmolLM2 learns the form of an answer and not whether it is right. Here a part of the pool
+teaches a bad form: *echo* rows answer with their own question, *refusal* rows decline, *salad* rows have the words of the right answer in
+another order (of the question, where the answer is one word, as in law). Echoes are easy to predict, refusals soon, salads never, so no one end of the loss holds them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradsift.compare.real_data import Item, Items
 from gradsift.compare.real_world import REAL_GRID, RealSettings, real_world
@@ -93,7 +93,8 @@ def junk_world(
     Returns:
         The world, measured in nats.
     """
-    return real_world(seed, settings or JunkSettings(), navigator, items, device)
+    settings = settings or JunkSettings()
+    return replace(real_world(seed, settings, navigator, items, device), name=f"junk-{settings.domain}")
 
 
 def echo(item: Item) -> str:

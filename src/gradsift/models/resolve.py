@@ -155,9 +155,8 @@ def _from_hub(name: str, revision: str | None) -> Resolved:
 
     got = f"{name} at {revision}" if revision else name
     try:
-        offline = bool(
-            constants.HF_HUB_OFFLINE
-        )  # said aloud: some versions list a cached commit's files over the network
+        # Said aloud, for some versions list a cached commit's files over the network.
+        offline = bool(constants.HF_HUB_OFFLINE)
         found = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline)
         folder = Path(found)
     except hub.GatedRepoError:

@@ -121,7 +121,7 @@ class AuditRows:
 
     def _table(self, rows: Int64[np.ndarray, " n"]) -> pa.Table:
         pool, chosen = self._pool, self._selection
-        place, order = self._place[rows], self._order[rows]
+        place, order, known = self._place[rows], self._order[rows], chosen.cut.known
         part = np.searchsorted(pool.starts, rows, side="right") - 1
         files = [pool.files[k] for k in part.tolist()]
         status = [STATUSES[code].value for code in self._status[rows].tolist()]
@@ -140,7 +140,7 @@ class AuditRows:
             "selected": pa.array(order >= 0, pa.bool_()),
             "order": pa.array(order, pa.int32(), mask=order < 0),
             "weight": _taken(chosen.weights, order, pa.float32()),
-            "undecided": pa.array(self._undecided[rows], pa.bool_()),
+            "undecided": pa.array(self._undecided[rows], pa.bool_()) if known else pa.nulls(len(rows), pa.bool_()),
             "reason_code": pa.array(
                 [
                     chosen.reason_code[i] if i >= 0 else f"unusable:{word.lower()}"

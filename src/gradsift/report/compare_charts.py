@@ -186,6 +186,8 @@ def free_place(x: float, y: float, width: float, taken: list[tuple[float, float,
             if all(high <= a or b <= low or abs(y + dy - c) >= height for a, b, c in taken):
                 taken.append((low, high, y + dy))
                 return right, dy
+    low, high = (x + 7, x + 7 + width) if sides[0] else (x - 7 - width, x - 7)
+    taken.append((low, high, y - 5))
     return sides[0], -5.0
 
 

@@ -42,6 +42,7 @@ def answer(world, row: str) -> str:
 
 
 def test_every_kind_is_there_and_what_it_says(world, items):
+    assert world.name == "junk-medical"
     assert Counter(world.kinds.values()) == {"clean": 3, "replay": JUNK.replay, "other": JUNK.other, **BAD}
     for row, kind in world.kinds.items():
         if kind in ("replay", "other"):

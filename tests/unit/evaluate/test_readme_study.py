@@ -60,11 +60,14 @@ def test_every_claim_over_random_and_the_best_cheap_arm_is_refused_as_the_rule_w
 
 def test_what_an_oracle_wins_is_told():
     text = " ".join(section().split())
-    for domain in ("medical", "legal"):
+    for domain in DOMAINS:
         (claim,) = found(f"oracle-{domain}")["claims"]
         assert (claim["arm"], claim["baseline"], claim["supported"]) == ("oracle", "random", False)
         assert f"{domain} {gap(claim['interval'])}" in text
         assert claim["interval"]["n"] == 10
+    (pilot,) = found("junk-pilot-most")["claims"]
+    assert f"an oracle {pilot['interval']['mean']:.2f} above random on its two pilot seeds" in text
+    assert pilot["interval"]["n"] == 2
 
 
 def test_what_the_area_hides_is_told():

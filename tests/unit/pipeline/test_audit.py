@@ -47,7 +47,7 @@ def a_run(folder: Any, seed: int, dedup: str, part: int) -> tuple[AuditRows, lis
     n = len(measured_ids)
     dots = draw.standard_normal((n, 2))
     store = SimpleNamespace(
-        ids=tuple(measured_ids),
+        ids=(*measured_ids[:-1], "of-another-pool") if seed % 4 == 0 else tuple(measured_ids),
         status=tuple(RowStatus.OK if ok else RowStatus.NONFINITE_LOSS for ok in good),
         reason=tuple("" if ok else f"loss of {name} is not finite" for ok, name in zip(good, measured_ids, strict=True)),
         loss=np.where(good, draw.random(n), np.nan), grad_norm=np.where(good, draw.random(n) + 0.1, np.nan),
@@ -62,7 +62,7 @@ def a_run(folder: Any, seed: int, dedup: str, part: int) -> tuple[AuditRows, lis
     chosen = [eligible[int(i)] for i in draw.permutation(len(eligible))[: len(eligible) // 2]]
     size = len(eligible)
     selection: Any = SimpleNamespace(
-        cut=SimpleNamespace(undecided=tuple(eligible[1::3])),
+        cut=SimpleNamespace(undecided=tuple(eligible[1::3]), known=seed % 7 > 0),
         ids=tuple(chosen), weights=draw.random(len(chosen)).astype(np.float32), problem_ids=tuple(eligible),
         score=np.where(draw.random(size) < 0.8, draw.random(size), np.nan),
         rank=np.where(draw.random(size) < 0.8, np.arange(1, size + 1), -1).astype(np.int32),
@@ -109,7 +109,7 @@ def slow_rows(pool: Any, tokens: Any, measured: Any, problem: Any, selection: An
             one[name] = None if value < 0 else value
         k = order.get(row.id)
         one |= {"selected": k is not None, "order": k, "weight": None if k is None else float(selection.weights[k])}
-        one["undecided"] = row.id in selection.cut.undecided
+        one["undecided"] = row.id in selection.cut.undecided if selection.cut.known else None
         one["reason_code"] = f"unusable:{status.value.lower()}" if i is None else selection.reason_code[i]
         one["reason"] = reason if i is None else selection.reason[i]
         if problem.likeness is not None:

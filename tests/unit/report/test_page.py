@@ -127,5 +127,5 @@ def test_many_undecided_rows_are_counted_and_found_in_the_table(tmp_path):
     page = render_report(run).read_text("utf-8")
     assert "1,234 rows could change sides" in page
     assert "1,234 undecided" in page
-    assert "more in audit.parquet" in page
+    assert "and 1,233 more in audit.parquet" in page
     assert read_run(run).audit.undecided.tolist() == usable
