@@ -166,7 +166,7 @@ def write_error(error: OSError, path: Path, num_bytes: int) -> StoreError:
     return StoreError(
         "the disk refused a write",
         where=str(path),
-        got=f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})",
+        got=f"{error.strerror} ({errno.errorcode.get(error.errno, error.errno)})" if error.errno else str(error),
         expected=f"{needs}, written and flushed",
         do="check the disk, then run the same command again: what was committed is kept",
     )

@@ -1,9 +1,9 @@
 """The real-data world with rows that do harm, all of them in the words of the domain (ours).
 
-In the world ``real`` it is worth nothing to know the kind of every row: in three domains the oracle is no better than random
+In the world ``real`` knowing the kind of every row won nothing: in three domains no advantage of the oracle over random was measured
 (``docs/results/LOG.md``), probably because SmolLM2 learns the form of an answer and not whether it is right. Here a part of the pool
-teaches a bad form: *echo* rows answer with their own question, *refusal* rows decline, *salad* rows have the words of the right answer in
-another order (of the question, where the answer is one word, as in law). Echoes are easy to predict, refusals soon, salads never, so no one end of the loss holds them all.
+teaches a bad form: *echo* rows answer with their own question, *refusal* rows decline, *salad* rows have the words of the right
+answer in another order (of the question, where the answer is one word, as in law).
 """
 
 from __future__ import annotations
