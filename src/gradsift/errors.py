@@ -94,6 +94,10 @@ class NumericsError(GradsiftError):
     """A number that must be finite or non-zero is not."""
 
 
+class DivergedError(NumericsError):
+    """A training loss left the finite numbers; a lower learning rate may keep it there."""
+
+
 class LaunchError(GradsiftError):
     """Another process of this run is gone or works on something else: run the same command again."""
 

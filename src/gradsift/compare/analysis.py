@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.compare import words
+from gradsift.compare.applicable import inapplicable_rows
 from gradsift.compare.arms import ORACLE
 from gradsift.compare.cell import Cell
 from gradsift.compare.config import BEST_CHEAP, CompareConfig
@@ -165,7 +166,7 @@ def analyse(config: CompareConfig, filed: Mapping[tuple[str, int], Filed], missi
         _beside(ordered, figures, config.random),
         _beside(ordered, figures, best),
         _regained(config, figures),
-        tuple(_told(config, figures, c.arm, c.baseline, best) for c in config.claims),
+        tuple(_told(config, figures, c.arm, c.baseline, best, missing) for c in config.claims),
         n,
         null_rate(n, "t"),
         null_rate(n, "bootstrap"),
@@ -183,7 +184,7 @@ def best_cheap(config: CompareConfig, figures: Mapping[str, ArmFigures]) -> str:
     """Find the cheap arm of the highest mean hypervolume over the seeds that all finished cheap arms share.
 
     It is chosen by the same figures that it is then compared on, which favours the baseline: a claim over it is
-    conservative.
+    conservative. No claim over it is judged before every cheap arm that the world can feed has all declared seeds.
 
     Args:
         config: names the cheap arms.
@@ -247,7 +248,14 @@ def _regained(config: CompareConfig, figures: Mapping[str, ArmFigures]) -> dict[
     return shares
 
 
-def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, asked: str, best: str) -> Told:
+def _told(
+    config: CompareConfig,
+    figures: Mapping[str, ArmFigures],
+    name: str,
+    asked: str,
+    best: str,
+    missing: tuple[Missing, ...],
+) -> Told:
     baseline = best if asked == BEST_CHEAP else asked
     pair = compare_pair(figures[name], figures[baseline]) if {name, baseline} <= set(figures) else None
     if pair is None:
@@ -261,13 +269,24 @@ def _told(config: CompareConfig, figures: Mapping[str, ArmFigures], name: str, a
     metric = words.hypervolume(config)
     if done < declared:  # looking early and stopping when it suits would be a test of its own, with more errors
         return Told(name, asked, baseline, False, words.unfinished(name, baseline, pair.interval, declared, metric))
+    foreign = inapplicable_rows(missing)
+    if asked == BEST_CHEAP and (short := _unfinished_cheap(config, figures, foreign)):
+        return Told(name, asked, baseline, False, words.unfinished_cheap(name, baseline, pair.interval, short, metric))
     sentence = claim(name, baseline, metric, pair.interval, words.data_set(config), **settings)
     weak = pair.interval.supports_gain and lost is not None and lost.interval.high < 0
     if weak and lost:
         sentence += f" {words.weak_baseline(lost)}"
     if asked == BEST_CHEAP:
-        sentence += f" {baseline} is the best cheap arm there."
+        sentence += f" {words.best_of(baseline, [arm for arm in config.cheap if arm in foreign])}"
     return Told(name, asked, baseline, pair.interval.supports_gain, sentence, pair.interval, weak)
+
+
+def _unfinished_cheap(
+    config: CompareConfig, figures: Mapping[str, ArmFigures], foreign: Mapping[str, str]
+) -> dict[str, int]:
+    """Count the finished seeds of the cheap arms that lack some: the best cheap arm could be one of them."""
+    done = {name: len(figures[name].seeds) if name in figures else 0 for name in config.cheap if name not in foreign}
+    return {name: count for name, count in done.items() if count < len(config.seeds)}
 
 
 def _finite(value: Any) -> Any:

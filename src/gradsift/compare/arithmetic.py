@@ -26,6 +26,7 @@ from gradsift.train.loop import Loop, LoopConfig
 from gradsift.types import RowStatus, TokenRow
 
 KINDS = ("clean", "replay", "conflict", "noise", "duplicate", "irrelevant")
+HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class ArithmeticSettings:
     layers: int = 2
 
     def __post_init__(self) -> None:
+        if self.hidden < 1 or self.hidden % (2 * HEADS):  # rotary embeddings take a head's width in pairs
+            raise ConfigError("the width does not divide among the heads", where="hidden", got=self.hidden,
+                              expected=f"a multiple of {2 * HEADS}")  # fmt: skip
         needed = {"A": self.num_eval + self.num_anchor + self.num_replay, "B": self.num_eval + self.num_target}
         for task, taken in needed.items():
             if taken >= self.modulus**2:
@@ -233,8 +237,8 @@ def _model(s: ArithmeticSettings, words: _Words, seed: int, weights: dict[str, t
         hidden_size=s.hidden,
         intermediate_size=176 * s.hidden // 64,
         num_hidden_layers=s.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         max_position_embeddings=8,
         tie_word_embeddings=False,
         bos_token_id=words.bos,

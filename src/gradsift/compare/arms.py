@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import nn
 
 from gradsift.compare.checkpoint import choose_trained, is_trained
@@ -26,8 +26,10 @@ from gradsift.errors import ConfigError
 from gradsift.evaluate.divergence import BaseLogProbs, cache_base
 from gradsift.evaluate.losses import RowLosses, evaluate_rows
 from gradsift.methods.base import make_method, methods
+from gradsift.recipe import Strict, build_section
 from gradsift.seeds import Stream, stream
 from gradsift.train.crossfit import CrossfitConfig, Material, choose_crossfit, crossfit
+from gradsift.train.hooks import step_hooks
 from gradsift.train.parts import Cost
 from gradsift.train.rescore import RescoreConfig, rescore
 from gradsift.types import SIGNALS, Budget, Problem, TokenRow
@@ -37,7 +39,53 @@ ORACLE, DOMAIN, CROSSFIT = "oracle", "domain_looking", "crossfit"
 POLICY = "ogs"
 EVALUATION_TOKENS = 2048  # longest row times rows of an evaluation batch; nothing but memory depends on it
 TRAINING_SECTIONS = frozenset({"rollout", "warmup", "proxy"})  # how the world's model is trained for a method's sake
-TRAIN_OPTIONS = frozenset({"lr_factor", "wise_ft", "kl", "l2sp", "ewc", "stm", "hook", "hook_settings"})
+FREE_OPTIONS = frozenset({"lr_factor", "wise_ft"})  # training options that add nothing to the cost of a step
+
+
+class MaskingOptions(Strict):
+    """Token masking of an arm; the arguments of :func:`gradsift.train.masking.mask_rows`.
+
+    Args:
+        tau: tokens of a perplexity above this are masked.
+        drop_share: share of the trained tokens to mask, in place of ``tau``.
+        min_kept: rows with fewer tokens left are dropped.
+        keep_ids: tokens that are never masked.
+    """
+
+    tau: Annotated[float, Field(gt=0)] | None = None
+    drop_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    min_kept: int = Field(default=1, ge=1)
+    keep_ids: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _one(self) -> MaskingOptions:
+        if (self.tau is None) == (self.drop_share is None):
+            raise ValueError("give one of tau and drop_share")
+        return self
+
+
+class TrainOptions(Strict):
+    """What an arm changes about training.
+
+    Args:
+        lr_factor: times the grid's learning rate.
+        wise_ft: alpha of WiSE-FT; 1 keeps the trained weights.
+        kl: weight of the divergence from the starting weights.
+        l2sp: weight of the distance from the starting weights.
+        ewc: weight of the distance in Fisher's metric.
+        stm: token masking.
+        hook: registered step hook.
+        hook_settings: its own.
+    """
+
+    lr_factor: float = Field(default=1.0, gt=0)
+    wise_ft: float = Field(default=1.0, ge=0, le=1)
+    kl: float = Field(default=0.0, ge=0)
+    l2sp: float = Field(default=0.0, ge=0)
+    ewc: float = Field(default=0.0, ge=0)
+    stm: MaskingOptions | None = None
+    hook: Literal[*step_hooks()] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    hook_settings: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +99,7 @@ class ArmSpec:
         settings: the method's own.
         replay: share of the training rows that come from the replay set, within the same budget.
         train: overrides of the training options (``lr_factor``, ``wise_ft``, ``kl``, ``l2sp``, ``ewc``, ``hook`` ...).
-        total_of: name of another arm whose total cost this arm may spend on training.
+        total_of: name of another arm whose total cost this arm may spend on choosing and training.
         placebo: ``permuted_scores`` or ``shuffled_anchors``; empty for none.
         family: ``cheap`` (no gradients of the pool), ``gradient``, ``gradsift``, ``training``, ``surgery``, ``bound`` or
             ``placebo``; decides what is compared with what.
@@ -72,9 +120,15 @@ class ArmSpec:
                 "a replay share is out of range", where=f"arm {self.name}", got=self.replay, expected="0 <= replay < 1"
             )
         where = f"arm {self.name}"
-        if unknown := sorted(set(self.train) - TRAIN_OPTIONS):
-            known = ", ".join(sorted(TRAIN_OPTIONS))
+        if unknown := sorted(set(self.train) - set(TrainOptions.model_fields)):
+            known = ", ".join(sorted(TrainOptions.model_fields))
             raise ConfigError("no such training option", where=where, got=", ".join(unknown), expected=known)
+        build_section(TrainOptions, self.train, f"the section train of {where}")
+        if self.total_of and (dear := sorted(set(self.train) - FREE_OPTIONS)):
+            raise ConfigError(
+                "an arm that spends another's total is trained in plain steps: what these cost is not known beforehand",
+                where=where, got=", ".join(dear), expected=", ".join(sorted(FREE_OPTIONS)), do="leave total_of or these out",
+            )  # fmt: skip
         if self.method in methods() and self.method != CROSSFIT:  # that one has settings of its own here
             own = {k: v for k, v in self.settings.items() if k not in TRAINING_SECTIONS}
             make_method(self.method, own, f"{where}, settings")
@@ -179,6 +233,19 @@ class Desk:
             one.name: cache_base(self.base, one.rows, pad_id=pad, tokens_per_batch=EVALUATION_TOKENS)
             for one in self.world.evaluations
         }
+
+    def with_budget(self, budget: int) -> Desk:
+        """Give another number of rows to choose; what was measured stays.
+
+        Args:
+            budget: rows an arm trains on.
+
+        Returns:
+            The desk.
+        """
+        other = Desk(self.world, budget)
+        vars(other).update({name: value for name, value in vars(self).items() if name != "budget"})
+        return other
 
     def stream(self, name: str) -> Stream:
         """Return a stream of this seed; the same name gives the same draws to every arm."""
@@ -403,5 +470,5 @@ def composition(world: World, ids: Sequence[str]) -> dict[str, float]:
         Shares by kind, summing to 1.
     """
     kinds = world.kinds or world.sources
-    counts = Counter(kinds.get(i, "replay set") for i in ids)
+    counts = Counter(kinds.get(i, "replay set") for i in ids)  # none where training in rounds diverged
     return {kind: counts[kind] / len(ids) for kind in sorted(counts)}

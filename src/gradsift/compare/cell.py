@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from gradsift.compare.arms import ArmSpec, Choice, Desk, choose, composition
 from gradsift.compare.rounds import ROUND_METHODS, train_in_rounds
 from gradsift.compare.world import World
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError, DivergedError, NumericsError
 from gradsift.evaluate.divergence import losses_and_kl
+from gradsift.train.averaging import copy_weights, wise_ft
 from gradsift.train.hooks import make_hook
 from gradsift.train.loop import Loop, LoopConfig
 from gradsift.train.masking import mask_rows, measure_nats
-from gradsift.train.parts import Cost, Penalty, StepHook, trainable
+from gradsift.train.parts import Cost, Penalty, StepHook
 from gradsift.train.penalties import BaseKl, Ewc, L2Sp, estimate_fisher
 from gradsift.train.plan import plan_steps
 from gradsift.types import TokenRow
@@ -84,6 +85,11 @@ class Point:
     cost: Mapping[str, Cost]
     extra: Mapping[str, float]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the trained model has no finite figures."""
+        return any(not math.isfinite(one["loss_after"]) for one in self.metrics.values())
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -127,7 +133,8 @@ def run_cell(desk: Desk, arm: ArmSpec, grid: Grid, *, total: float | None = None
         The cell.
 
     Raises:
-        ConfigError: an arm in rounds asks for what rounds do not do.
+        ConfigError: an arm in rounds asks for what rounds do not do, or choosing costs as much as the total.
+        DataError: the arm chose no row.
     """
     started = time.perf_counter()
     world, num_steps = desk.world, grid.num_steps
@@ -139,26 +146,17 @@ def run_cell(desk: Desk, arm: ArmSpec, grid: Grid, *, total: float | None = None
         runs = [train_in_rounds(desk, arm, grid, lr) for lr in grid.lrs]
         points = tuple(
             measure_point(desk, run.model, lr, grid, num_steps, run.cost, run.extra)
+            if run.diverged_after is None
+            else diverged_point(desk, lr, run.diverged_after, run.cost, run.extra)
             for run, lr in zip(runs, grid.lrs, strict=True)
         )
-        last = runs[-1]
-        ids = last.ids
-        return Cell(
-            world.name,
-            world.seed,
-            arm.name,
-            points,
-            {},
-            composition(world, ids),
-            len(ids),
-            len(set(ids)),
-            last.notes,
-            time.perf_counter() - started,
-        )
-    if total is not None:
-        num_steps, desk = _spend(desk, arm, grid, total)
-    choice = choose(desk, arm)
-    points = tuple(_train(desk, arm, grid, choice, lr, num_steps) for lr in grid.lrs)
+        last = next((run for run in reversed(runs) if run.ids), runs[-1])
+        choice = Choice(last.ids, notes=last.notes)
+    else:
+        num_steps, choice = (num_steps, choose(desk, arm)) if total is None else _spend(desk, arm, grid, total)
+        if not choice.ids:
+            raise DataError("the arm chose no row", where=f"arm {arm.name}, seed {world.seed}", got=choice.notes)
+        points = tuple(_train(desk, arm, grid, choice, lr, num_steps) for lr in grid.lrs)
     return Cell(
         world.name,
         world.seed,
@@ -168,19 +166,34 @@ def run_cell(desk: Desk, arm: ArmSpec, grid: Grid, *, total: float | None = None
         composition(world, choice.ids),
         len(choice.ids),
         len(set(choice.ids)),
-        choice.notes,
+        (*choice.notes, *diverged_notes(points)),
         time.perf_counter() - started,
     )
 
 
-def _spend(desk: Desk, arm: ArmSpec, grid: Grid, total: float) -> tuple[int, Desk]:
-    """Turn a total of flops into more steps and, as far as the pool goes, more rows at the same number of epochs."""
+def _spend(desk: Desk, arm: ArmSpec, grid: Grid, total: float) -> tuple[int, Choice]:
+    """Choose, and turn what choosing left of a total of flops into steps and rows at the same number of epochs.
+
+    The rows are chosen twice: how many there may be follows from what choosing them costs. The first choice is not charged:
+    it is made to count, and what it measured serves the second.
+    """
     size = sum(p.numel() for p in desk.world.make_model().parameters())
-    mean_tokens = sum(row.num_tokens for row in desk.world.pool) / len(desk.world.pool)
-    per_step = Cost.of(size, forward=1, backward=1).flops * mean_tokens * grid.batch_size
-    num_steps = max(grid.num_steps, math.floor(total / per_step))
-    budget = min(len(desk.world.pool), round(desk.budget * num_steps / grid.num_steps))
-    return num_steps, Desk(desk.world, budget)
+    per_token = Cost.of(size, forward=1, backward=1).flops * grid.batch_size
+
+    def steps_for(choice: Choice) -> int:
+        left = total - sum((c for c in choice.cost.values()), Cost()).flops
+        tokens = sum(desk.rows[i].num_tokens for i in choice.ids) / max(1, len(choice.ids))
+        steps = math.floor(left / (per_token * tokens) + 1e-9) if tokens else 0
+        if steps < 1:
+            raise ConfigError(
+                "choosing leaves nothing to train with", where=f"arm {arm.name}", got=f"{left:.3g} flops of {total:.3g}",
+                expected=f"at least one step of {per_token * tokens:.3g} flops", do="leave total_of out",
+            )  # fmt: skip
+        return steps
+
+    share = steps_for(choose(desk, arm)) / grid.num_steps
+    choice = choose(desk.with_budget(max(1, min(len(desk.world.pool), round(desk.budget * share)))), arm)
+    return steps_for(choice), choice
 
 
 def _train(desk: Desk, arm: ArmSpec, grid: Grid, choice: Choice, lr: float, num_steps: int) -> Point:
@@ -188,15 +201,14 @@ def _train(desk: Desk, arm: ArmSpec, grid: Grid, choice: Choice, lr: float, num_
     model = world.make_model()
     rows, ids, cost = _masked(desk, choice.ids, options.get("stm"))
     penalties, hook = make_parts(world, model, options)
-    start = {name: p.detach().clone() for name, p in trainable(model)} if "wise_ft" in options else {}
+    start = copy_weights(model) if "wise_ft" in options else None
     config = grid.loop(lr * options.get("lr_factor", 1.0), num_steps, world.seed)
     loop = Loop(model, config, world.pad_id, penalties, hook)
     plan = plan_steps(ids, batch_size=grid.batch_size, num_steps=num_steps, stream=desk.stream("order"))
-    loop.run(plan.steps, rows.__getitem__, choice.weights)
-    if start:
-        with torch.no_grad():
-            for name, p in trainable(model):
-                p.copy_(start[name] + options["wise_ft"] * (p - start[name]))
+    with suppress(DivergedError):
+        loop.run(plan.steps, rows.__getitem__, choice.weights)
+    if start is not None:
+        wise_ft(model, options["wise_ft"], start)
     cost |= {"train": loop.cost, **{p.name: p.cost for p in penalties}}
     extra = dict(choice.extra)
     if "stm" in options:
@@ -204,6 +216,8 @@ def _train(desk: Desk, arm: ArmSpec, grid: Grid, choice: Choice, lr: float, num_
     if hook is not None:
         cost[hook.name] = hook.cost
         extra |= {f"hook_{k}": float(v) for k, v in hook.summary().items() if math.isfinite(v)}
+    if len(loop.losses) < num_steps:
+        return diverged_point(desk, lr, len(loop.losses), cost, extra)
     return measure_point(desk, model, lr, grid, num_steps, cost, extra)
 
 
@@ -253,6 +267,50 @@ def make_parts(
     return tuple(penalties), None
 
 
+def diverged_point(
+    desk: Desk, lr: float, num_steps: int, cost: Mapping[str, Cost], extra: Mapping[str, float]
+) -> Point:
+    """Make the point of a run that left the finite numbers: it is a result, and every figure after it is NaN.
+
+    Args:
+        desk: evaluation sets and starting weights.
+        lr: learning rate it was trained at.
+        num_steps: optimizer steps taken until then.
+        cost: of training so far, by part.
+        extra: further figures to keep.
+
+    Returns:
+        The point.
+    """
+    after = dict.fromkeys(("loss_after", "exact_after", "kl", "lost", "won"), math.nan)
+    metrics = {
+        one.name: {
+            "loss_before": desk.before[one.name].token_mean,
+            "exact_before": desk.before[one.name].exact_share,
+            "num_rows": float(len(one.rows)),
+            **after,
+        }
+        for one in desk.world.evaluations
+    }
+    return Point(lr, metrics, num_steps, dict(cost), dict(extra))
+
+
+def diverged_notes(points: Sequence[Point]) -> tuple[str, ...]:
+    """Name the learning rates at which training left the finite numbers.
+
+    Args:
+        points: of a cell.
+
+    Returns:
+        A sentence each.
+    """
+    return tuple(
+        f"at the learning rate {point.lr:g} training left the finite numbers after {point.num_steps} steps: the point adds nothing"
+        for point in points
+        if point.diverged
+    )
+
+
 def measure_point(
     desk: Desk,
     model: nn.Module,
@@ -274,13 +332,16 @@ def measure_point(
         extra: further figures to keep.
 
     Returns:
-        The point.
+        The point; one that diverged where the model has no finite figures.
     """
     metrics = {}
     for held_out in desk.world.evaluations:
         rows, pad, size = held_out.rows, desk.world.pad_id, grid.tokens_per_batch
         before, base = desk.before[held_out.name], desk.base_log_probs[held_out.name]
-        after, kl = losses_and_kl(model, rows, base=base, pad_id=pad, tokens_per_batch=size)
+        try:
+            after, kl = losses_and_kl(model, rows, base=base, pad_id=pad, tokens_per_batch=size)
+        except NumericsError:  # the starting weights have finite figures on the same rows
+            return diverged_point(desk, lr, num_steps, cost, extra)
         metrics[held_out.name] = {
             "loss_before": before.token_mean,
             "loss_after": after.token_mean,

@@ -79,7 +79,7 @@ class GridConfig(Strict):
     num_steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     budget: int = Field(ge=1)
-    schedule: str = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -59,7 +59,7 @@ class JunkSettings(RealSettings):
         Args:
             kind: of ``bad``.
             item: the question and its right answer.
-            others: all items of its source.
+            others: the domain's items in the pool, and no others: their answers are evaluation's.
             seed: of the world.
 
         Returns:

@@ -17,7 +17,7 @@ from gradsift.train.parts import Cost
 
 @dataclass(frozen=True)
 class SetFigures:
-    """A held-out set at one learning rate, means over seeds.
+    """A held-out set at one learning rate, means over the seeds that did not diverge; NaN where all did.
 
     Args:
         name: of the set.
@@ -44,7 +44,7 @@ class SetFigures:
 
 @dataclass(frozen=True)
 class PlanePoint:
-    """An arm at one learning rate, mean over seeds.
+    """An arm at one learning rate, mean over seeds; a seed that diverged counts as the corner.
 
     Args:
         lr: learning rate.
@@ -234,7 +234,7 @@ def _mean_points(
             float(mean[k, 1]),
             k in front,
             tuple(
-                _set_figures(name, role, [c.points[k].metrics[name] for c in some], config)
+                _set_figures(name, role, [c.points[k].metrics[name] for c in some if not c.points[k].diverged], config)
                 for name, role in roles.items()
             ),
         )
@@ -246,7 +246,7 @@ def _set_figures(name: str, role: str, metrics: Sequence[Mapping[str, float]], c
     kind, c = ("exact" if config.metric == "accuracy" else "loss"), config.chance
 
     def mean(values: Sequence[float]) -> float:
-        return float(np.mean(values))
+        return float(np.mean(values)) if len(values) else math.nan
 
     lost = mean([m["lost"] / m["num_rows"] for m in metrics])
     won = mean([m["won"] / m["num_rows"] for m in metrics])

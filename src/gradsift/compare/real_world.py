@@ -112,7 +112,7 @@ class RealSettings:
         Args:
             kind: of ``bad``.
             item: the question and its right answer.
-            others: all items of its source.
+            others: the domain's items in the pool, and no others: their answers are evaluation's.
             seed: of the world.
 
         Returns:
@@ -166,7 +166,7 @@ def real_world(
     replay = tuple(row for sources in GENERAL.values() for row in rows("replay", sources))
     general = list(texts.values())
     target = rows("target", DOMAINS[s.domain])
-    made = _pool(s, items, dealt, seed)
+    made = _pool(s, dealt, seed)
     pool = tokenize([(name, item, answer) for name, _, item, answer in made])
     pool_texts = {name: f"{item.prompt} {answer}".strip() for name, _, item, answer in made}
     cue = fit_word_cue([texts[row.id] for row in target], general, pool_texts.values())
@@ -244,7 +244,7 @@ def _deal(s: RealSettings, items: Items, seed: int) -> dict[str, dict[str, tuple
 
 
 def _pool(
-    s: RealSettings, items: Items, dealt: Mapping[str, Mapping[str, tuple[Item, ...]]], seed: int
+    s: RealSettings, dealt: Mapping[str, Mapping[str, tuple[Item, ...]]], seed: int
 ) -> list[tuple[str, str, Item, str]]:
     """Make the pool in id order: id, kind, item, answer."""
     own = DOMAINS[s.domain][0]
@@ -253,7 +253,7 @@ def _pool(
     made = [("clean", item.id, item, item.answer) for item in clean]
     for kind, count in s.bad.items():
         some = islice(rest, count)
-        made += [(kind, item.id, item, s.spoiled(kind, item, items.by_source[own], seed)) for item in some]
+        made += [(kind, item.id, item, s.spoiled(kind, item, mine, seed)) for item in some]
     for k in range(s.duplicate):
         item = clean[k // s.copies]
         made.append(("duplicate", f"{item.id}/{k % s.copies}", item, item.answer))

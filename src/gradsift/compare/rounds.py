@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from gradsift.compare.arms import build_settings, draw_replay, rescoring
+from gradsift.errors import NumericsError
 from gradsift.train.loop import Loop
 from gradsift.train.parts import Cost
 from gradsift.train.rounds import Board, RoundsConfig, play_rounds
@@ -30,6 +31,7 @@ class RoundRun:
         cost: of choosing and training, by part.
         extra: figures per run.
         notes: what a reader must know.
+        diverged_after: optimizer steps after which training left the finite numbers; None where it did not.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class RoundRun:
     cost: Mapping[str, Cost]
     extra: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    diverged_after: int | None = None
 
 
 def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun:
@@ -49,7 +52,7 @@ def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun
         lr: learning rate.
 
     Returns:
-        The trained model and what it cost.
+        The trained model and what it cost; of a run that diverged the steps alone are counted.
     """
     world = desk.world
     config = build_settings(RoundsConfig, arm.settings, f"arm {arm.name}")
@@ -66,15 +69,20 @@ def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun
         world.seed,
     )
     loop = Loop(model, grid.loop(lr, grid.num_steps, world.seed), world.pad_id)
-    played = play_rounds(
-        loop,
-        board,
-        config,
-        num_rows=desk.budget - len(replay),
-        num_steps=grid.num_steps,
-        batch_size=grid.batch_size,
-        draw=desk.stream("select/random"),
-    )
+    try:
+        played = play_rounds(
+            loop,
+            board,
+            config,
+            num_rows=desk.budget - len(replay),
+            num_steps=grid.num_steps,
+            batch_size=grid.batch_size,
+            draw=desk.stream("select/random"),
+        )
+    except NumericsError:
+        if not loop.losses:  # the starting weights are to blame
+            raise
+        return RoundRun(model, (), {"train": loop.cost}, {}, diverged_after=len(loop.losses))
     extra = {"num_halved": float(sum(r.num_halved for r in played.rounds))}
     for name in world.anchors:
         extra[f"rise_{name}"] = played.rounds[-1].rise[name]

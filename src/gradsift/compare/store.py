@@ -17,6 +17,7 @@ import torch
 from gradsift.compare.cell import Cell, Point
 from gradsift.compare.claiming import guard
 from gradsift.compare.config import CompareConfig, build_config
+from gradsift.compare.worlds import world_version
 from gradsift.compare.written import changed_field
 from gradsift.errors import ConfigError, StoreError
 from gradsift.gradients.roads import choose_road, describe
@@ -177,6 +178,8 @@ def cell_key(config: CompareConfig, name: str, seed: int) -> str:
     arm = config.arm(name)
     parts: dict[str, Any] = {"arm": arm.model_dump(mode="json"), "world": config.world.model_dump(mode="json")}
     parts["grid"] = config.grid.model_dump(mode="json") if config.grid else None
+    if version := world_version(config.world):
+        parts["world_version"] = version
     if arm.total_of:
         parts["total_of"] = config.arm(arm.total_of).model_dump(mode="json")
     return f"{sha256_bytes(canonical_json(parts).encode('ascii'))[:16]}-{seed}"

@@ -72,6 +72,40 @@ def unfinished(name: str, baseline: str, interval: Interval, declared: int, metr
     )
 
 
+def unfinished_cheap(name: str, baseline: str, interval: Interval, done: Mapping[str, int], metric: str) -> str:
+    """Say that a claim over the best cheap arm is not judged while a cheap arm lacks seeds.
+
+    Args:
+        name: the arm.
+        baseline: the best of the cheap arms so far.
+        interval: arm minus baseline.
+        done: cheap arm -> its finished seeds, of those that lack some.
+        metric: what is compared.
+
+    Returns:
+        A sentence.
+    """
+    some = ", ".join(f"{arm} ({count})" for arm, count in done.items())
+    return (
+        f"{no_advantage('best_cheap')}: not all cheap arms have all declared seeds, and the best of them could be one of those "
+        f"that lack some: {some}. So far {name} minus {baseline} in {metric} is {interval}."
+    )
+
+
+def best_of(baseline: str, foreign: Sequence[str]) -> str:
+    """Name the best cheap arm, and the cheap arms that the world cannot feed.
+
+    Args:
+        baseline: the best cheap arm.
+        foreign: cheap arms that are not applicable there.
+
+    Returns:
+        A sentence.
+    """
+    rest = f" of those that apply ({', '.join(foreign)} cannot run)" if foreign else ""
+    return f"{baseline} is the best cheap arm there{rest}."
+
+
 def weak_baseline(lost: Pair) -> str:
     """Say that the arm which was beaten is itself worse than the random arm, so that beating it is little praise.
 

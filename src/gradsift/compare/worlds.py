@@ -63,6 +63,19 @@ def world_settings(config: WorldConfig) -> Any:
     return dataclasses.replace(plain, **given)
 
 
+def world_version(config: WorldConfig) -> int | None:
+    """Number a world's rules, where they have changed since cells of it were published; a part of every cell's key.
+
+    Args:
+        config: which world.
+
+    Returns:
+        2 for the real worlds of the financial domain: a wrong answer is the answer of another row of the pool, and no longer of
+        any row, evaluation's included. None where nothing has changed.
+    """
+    return 2 if config.name in _REAL and world_settings(config).domain == "financial" else None
+
+
 def place(config: WorldConfig, device: str, turn: int = 0) -> str:
     """Say where a world's models live.
 

@@ -215,7 +215,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Name by name what determines the figures: contents instead of paths."""
     named = {f"{role} {label}": pool.files[0].sha256 for role, label, pool in pools}
-    named |= {f"choice {source.label}": f"{source.role} {open_source(source.path).sha256}" for source in config.choice}
+    named |= {f"choice {source.role} {source.label}": open_source(source.path).sha256 for source in config.choice}
     settings = ("split_by", "divergence", "tokens_per_batch", "dtype", "seed")
     values = {name: getattr(config, name) for name in settings}
     values |= {f"data.{name}": value for name, value in config.data.model_dump(mode="json").items()}

@@ -116,6 +116,8 @@ def _options(listed: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]
 def _answer(answer: Any, labels: Sequence[str], options: Sequence[str], where: str) -> int:
     """Find the right option; two readings that disagree are refused rather than ranked."""
     if isinstance(answer, int) and not isinstance(answer, bool):
+        if (named := [i for i, name in enumerate(labels) if name == str(answer)]) and named != [answer]:
+            raise bad_question(where, "the answer is a position and also the label of another option", repr(answer))
         return answer
     if not isinstance(answer, str):
         raise bad_question(where, "the answer is neither a position nor a text", repr(answer))

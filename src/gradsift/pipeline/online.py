@@ -26,7 +26,7 @@ from gradsift.train.config import TrainConfig
 from gradsift.train.finetune import Forecast, Trained, require_trainer
 from gradsift.train.held_out import measure_dev
 from gradsift.train.online_parts import OnlineConfig, Pace
-from gradsift.train.outcome import publish, read_done, stage_key
+from gradsift.train.outcome import publish, read_done, stage_key, start_key
 from gradsift.train.parts import Cost
 from gradsift.train.plan import TrainPlan
 from gradsift.train.replay import refuse_leak
@@ -90,7 +90,7 @@ def finetune_online(
     free = _copy(config, model)
     online, measuring = _online(ready, model, place, key)
     begin(_tokens(ready))
-    engine = _trainer(ready, model, online, place, base, tick)
+    engine = _trainer(ready, model, online, place, start_key(ready.material, base), tick)
     found = engine.resume()
     if config.wise_ft != 1.0:
         from gradsift.train.averaging import wise_ft

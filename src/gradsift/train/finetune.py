@@ -19,7 +19,7 @@ from gradsift.models.load import weights_key
 from gradsift.train.assembly import load_model, make_parts, make_plan, prepare_rows
 from gradsift.train.config import TrainConfig
 from gradsift.train.material import Material, read_material
-from gradsift.train.outcome import publish, read_done, stage_key
+from gradsift.train.outcome import publish, read_done, stage_key, start_key
 from gradsift.train.plan import TrainPlan
 from gradsift.types import TokenRow
 
@@ -114,8 +114,9 @@ def finetune(
     make_folder(place)
     data = engine.TrainData(plan, {row.id: row for row in work.rows}, _weights_of(work.rows, material.weights))
     trainer = engine.SelectionTrainer(
-        model, material.tokenizer, config, data, penalties=penalties, hook=hook, folder=place, base=base, tick=tick
-    )
+        model, material.tokenizer, config, data, penalties=penalties, hook=hook, folder=place,
+        base=start_key(material, base), tick=tick,
+    )  # fmt: skip
     found = trainer.resume()
     if config.wise_ft != 1.0:
         from gradsift.train.averaging import wise_ft

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from gradsift.data.batches import plan_batches
-from gradsift.errors import NumericsError
+from gradsift.errors import ConfigError, DivergedError
 from gradsift.seeds import key64
 from gradsift.train.parts import (
     Cost,
     Penalty,
     StepHook,
+    call_hook,
     forward_nats,
     make_batch,
     trainable,
@@ -31,6 +32,8 @@ from gradsift.train.parts import (
 )
 from gradsift.train.penalties import begin_step
 from gradsift.types import TokenRow
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     tokens_per_batch: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                "there is no such schedule", where="schedule", got=self.schedule, expected=", ".join(SCHEDULES)
+            )
 
 
 @dataclass
@@ -101,7 +110,7 @@ class Loop:
             The weighted token-mean loss before the step, without penalties.
 
         Raises:
-            NumericsError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         started, at = time.perf_counter(), len(self.losses)
         self.model.train()
@@ -110,7 +119,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(rows, [1.0] * len(rows) if weights is None else list(weights), at)
         if self.hook is not None:
-            self.hook(self.model, at)
+            started += call_hook(self.hook, self.model, at)
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         for group in self.optimizer.param_groups:
@@ -139,7 +148,7 @@ class Loop:
             part = weighted_loss(nats, batch.weights, whole)
             loss += float(part.detach())
             if not math.isfinite(loss):
-                raise NumericsError(
+                raise DivergedError(
                     "the training loss is not finite",
                     where=f"step {at}",
                     got=str(loss),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from gradsift.train.config import TrainConfig
 from gradsift.train.material import Material
 from gradsift.train.moments import read_moments, save_moments
 from gradsift.train.parts import trainable
+from gradsift.types import TokenRow
 
 if TYPE_CHECKING:
     from gradsift.train.trainer import SelectionTrainer
@@ -45,11 +46,35 @@ def stage_key(config: TrainConfig, material: Material, base: str) -> str:
     Returns:
         32 hex digits.
     """
-    groups = {"selected": material.selected, "general": material.general}
-    groups |= {f"anchor {name}": rows for name, rows in material.anchors.items()}
-    rows = {name: [(row.id, content_hash(row.input_ids, row.trained)) for row in some] for name, some in groups.items()}
+    rows = {"selected": _contents(material.selected), **_read_beside(material)}
     parts = [config.model_dump(mode="json", exclude={"device", "save_steps"}), rows, dict(material.weights), base]
     return hash_parts(canonical_json(part).encode() for part in parts)
+
+
+def start_key(material: Material, base: str) -> str:
+    """Hash the starting weights and the rows that penalties and hooks read.
+
+    With the settings and the plan's rows that is everything a checkpoint depends on: one whose general or anchor rows were
+    edited since is of another run.
+
+    Args:
+        material: rows.
+        base: hash of the starting weights.
+
+    Returns:
+        32 hex digits.
+    """
+    return hash_parts(canonical_json(part).encode() for part in [base, _read_beside(material)])
+
+
+def _read_beside(material: Material) -> dict[str, list[tuple[str, str]]]:
+    """Ids and contents of the general and the anchor rows."""
+    groups = {"general": material.general, **{f"anchor {name}": rows for name, rows in material.anchors.items()}}
+    return {name: _contents(rows) for name, rows in groups.items()}
+
+
+def _contents(rows: Sequence[TokenRow]) -> list[tuple[str, str]]:
+    return [(row.id, content_hash(row.input_ids, row.trained)) for row in rows]
 
 
 def read_done(folder: Path, key: str) -> dict[str, Any] | None:

@@ -235,6 +235,22 @@ class StepHook(Protocol):
         ...
 
 
+def call_hook(hook: StepHook, model: nn.Module, step: int) -> float:
+    """Call a step hook and tell the seconds that it counts itself, which a step must not count again.
+
+    Args:
+        hook: the hook.
+        model: in training, with the step's gradients.
+        step: 0-based optimizer step.
+
+    Returns:
+        Seconds by which the hook's own cost grew.
+    """
+    before = hook.cost.seconds
+    hook(model, step)
+    return hook.cost.seconds - before
+
+
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """List the parameters that training moves, in the model's fixed order; tied weights once.
 

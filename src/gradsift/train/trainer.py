@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from gradsift.errors import ConfigError, Interrupted, NumericsError
+from gradsift.errors import ConfigError, DivergedError, Interrupted
 from gradsift.seeds import key64
 from gradsift.train import checkpoint
 from gradsift.train.arguments import sft_arguments
@@ -32,6 +32,7 @@ from gradsift.train.parts import (
     Penalty,
     StepHook,
     TrainBatch,
+    call_hook,
     forward_nats,
     make_batch,
     trainable,
@@ -56,7 +57,7 @@ class SelectionTrainer(SFTTrainer):
         penalties: added to the loss.
         hook: rewrites the step's gradient before clipping.
         folder: where checkpoints go; None keeps none.
-        base: hash of the starting model, so that a checkpoint of another one is refused.
+        base: hash of the starting model and of the rows that penalties and hook read; a checkpoint of others is refused.
         tick: called with rows and tokens after every step; what it raises stops the run, after a checkpoint.
     """
 
@@ -179,7 +180,7 @@ class SelectionTrainer(SFTTrainer):
             part, whole = self._micro_batch(model, batch, denominator)
             loss, total = loss + part, total + whole
         if self.hook is not None:
-            self.hook(self.model, at)  # pyright: ignore[reportArgumentType]
+            started += call_hook(self.hook, self.model, at)  # pyright: ignore[reportArgumentType]
         self.losses.append(loss)
         self.totals.append(total)
         tokens = sum(row.num_tokens for row in rows)
@@ -196,7 +197,7 @@ class SelectionTrainer(SFTTrainer):
         for penalty in self.penalties:
             total = total + penalty(model, batch, logits, share)
         if not torch.isfinite(total):
-            raise NumericsError(
+            raise DivergedError(
                 "the training loss is not finite",
                 where=f"step {self.state.global_step}: rows {', '.join(batch.ids)[:200]}",
                 got=f"loss {float(loss.detach())}, with penalties {float(total.detach())}",

@@ -67,6 +67,19 @@ def test_a_diverged_point_adds_nothing_and_is_counted():
     canonical_json(analyse(found, {("ours", 0): filed(one)}, ()).plain())
 
 
+def test_a_set_s_figures_are_of_the_seeds_that_did_not_diverge():
+    found = config(metric="loss")
+    cells = {0: cell("ours", 0, [(0.2, 0.5), (0.1, 0.9)]), 1: cell("ours", 1, [(0.2, 0.5), (math.nan, math.nan)])}
+    _, second = arm_figures(found.arm("ours"), cells, found, ROLES, 100.0).points
+    alone = arm_figures(found.arm("ours"), {0: cells[0]}, found, ROLES, 100.0).points[1]
+    assert second.sets == alone.sets
+    assert (second.x, second.y) == ((alone.x + 0.0) / 2, (alone.y - 1.0) / 2), "the plane counts it as the corner"
+    none = {1: cell("ours", 1, [(math.nan, math.nan), (0.2, 0.5)])}
+    (lost, _) = arm_figures(found.arm("ours"), none, found, ROLES, 100.0).points
+    assert all(math.isnan(one.after) and math.isnan(one.kl) for one in lost.sets)
+    canonical_json(analyse(found, {("ours", 1): filed(none[1])}, ()).plain())
+
+
 def test_sets_of_one_role_count_alike():
     one = cell("ours", 0, [(0.25, 0.5)])
     metrics = dict(one.points[0].metrics)
@@ -177,6 +190,26 @@ def test_an_unfinished_comparison_is_not_judged():
         assert "12 of 20 declared seeds are finished" in told.sentence
         assert f"no advantage over {told.baseline} was measured" in told.sentence
     assert "1 of 49 declared cells were not run." in got.notes
+
+
+def test_a_claim_over_the_best_cheap_arm_waits_for_all_of_them():
+    found = config(cheap=["random", "cheap", "oracle"])
+    means = {**MEANS, "oracle": 0.22}
+    whole = table(found, means)
+    assert [told.supported for told in analyse(found, whole, ()).claims] == [True, True]
+    for lacking, reached in (({"oracle": 0}, "oracle (0)"), ({"oracle": 3}, "oracle (3)")):
+        some = {at: one for at, one in whole.items() if at[1] < lacking.get(at[0], 10)}
+        gone = tuple(Missing(*at, "not started") for at in whole if at not in some)
+        first, second = analyse(found, some, gone).claims
+        assert first.supported, "the other claim does not need them"
+        assert not second.supported
+        assert f"lack some: {reached}. So far ours minus" in second.sentence
+        assert second.sentence.startswith("no advantage over best_cheap was measured")
+    some = {at: one for at, one in whole.items() if at[0] != "oracle"}
+    gone = tuple(Missing(*at, "not applicable: a target set") for at in whole if at not in some)
+    (_, told) = analyse(found, some, gone).claims
+    assert told.supported
+    assert told.sentence.endswith("cheap is the best cheap arm there of those that apply (oracle cannot run).")
 
 
 def test_an_arm_without_cells_is_told_as_such():

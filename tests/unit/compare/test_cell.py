@@ -10,14 +10,19 @@ import pytest
 import torch
 from tests.mini import BUDGET, desk
 
+from gradsift.compare import cell as cell_module
 from gradsift.compare.arms import ArmSpec, Desk
 from gradsift.compare.cell import Grid, measure_point, run_cell, with_total
 from gradsift.compare.rounds import train_in_rounds
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError
+from gradsift.models.adapter import attach_lora
+from gradsift.recipe import LoraConfig
+from gradsift.train.penalties import adapted_layers
 
 GRID = Grid(lrs=(3e-3, 1e-2), num_steps=6, batch_size=8, budget=BUDGET)
 ONE = replace(GRID, lrs=(1e-2,))
 RANDOM = ArmSpec("random", "random")
+ROUNDS = ArmSpec("rounds", "ogs_rounds", {"num_rounds": 3}, replay=0.25)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,13 +155,77 @@ def test_an_arm_may_spend_anothers_total_and_no_more(shared):
     spent = cell.points[0].cost["train"].flops
     size = sum(p.numel() for p in shared.world.make_model().parameters())
     step = 6.0 * size * ONE.batch_size * 6
-    assert total - step < spent <= total
+    assert total - step < spent <= total * (1 + 1e-9)
     assert cell.points[0].num_steps == math.floor(total / step) > ONE.num_steps
     assert cell.num_rows == round(BUDGET * cell.points[0].num_steps / ONE.num_steps)
     huge = run_cell(shared, arm, replace(ONE, num_steps=1), total=step * 12)
     assert huge.num_rows == len(shared.world.pool), "more rows than the pool has are not to be had"
-    small = run_cell(shared, arm, ONE, total=0.0)
-    assert (small.points[0].num_steps, small.num_rows) == (ONE.num_steps, BUDGET)
+    with pytest.raises(ConfigError, match="nothing to train with"):
+        run_cell(shared, arm, ONE, total=0.0)
+    for method in ("norm", "loss"):  # choosing is paid for out of the same total
+        cell = run_cell(shared, ArmSpec(method, method, total_of="cosine"), ONE, total=2 * total)
+        choosing, training = cell.cost["collect"].flops, cell.points[0].cost["train"].flops
+        assert choosing > step
+        assert 2 * total - step < choosing + training <= 2 * total * (1 + 1e-9)
+        rows = round(BUDGET * cell.points[0].num_steps / ONE.num_steps)
+        assert cell.num_rows == min(rows, len(shared.world.pool))
+
+
+def test_a_total_is_not_spent_on_steps_of_unknown_cost():
+    for train in ({"kl": 1.0}, {"hook": "agem"}, {"stm": {"tau": 5}}):
+        with pytest.raises(ConfigError, match=f"spends another's total(.|\n)*got: +{next(iter(train))}"):
+            ArmSpec("dear", "random", train=train, total_of="cosine")
+    ArmSpec("free", "random", train={"lr_factor": 0.5, "wise_ft": 0.5}, total_of="cosine")
+
+
+@pytest.mark.parametrize("arm", [RANDOM, replace(RANDOM, train={"kl": 1.0}), ROUNDS])
+def test_a_learning_rate_that_diverges_costs_its_own_point_alone(shared, arm):
+    good, bad = run_cell(shared, arm, replace(GRID, lrs=(3e-3, 1e30))).points
+    (alone,) = run_cell(shared, arm, replace(GRID, lrs=(3e-3,))).points
+    assert good.metrics == alone.metrics
+    assert bad.diverged
+    assert not good.diverged
+    assert 0 < bad.num_steps <= GRID.num_steps
+    assert 0 < bad.cost["train"].flops <= good.cost["train"].flops
+    for name, figures in bad.metrics.items():
+        assert figures["loss_before"] == good.metrics[name]["loss_before"]
+        assert math.isnan(figures["loss_after"])
+        assert figures.keys() == good.metrics[name].keys()
+    cell = run_cell(shared, arm, replace(GRID, lrs=(1e30, 3e-3)))
+    assert cell.num_rows == BUDGET
+    assert "at the learning rate 1e+30 training left the finite numbers after" in cell.notes[-1]
+
+
+def test_a_cell_whose_every_rate_diverges_is_a_cell(shared):
+    cell = run_cell(shared, ROUNDS, replace(GRID, lrs=(1e30,)))
+    assert (cell.num_rows, dict(cell.shares), cell.points[0].diverged) == (0, {}, True)
+
+
+def test_an_arm_that_chooses_nothing_is_refused(shared):
+    bare = Desk(replace(shared.world, looks_domain=frozenset()), BUDGET)
+    with pytest.raises(DataError, match="the arm chose no row"):
+        run_cell(bare, ArmSpec("looks", "domain_looking"), ONE)
+
+
+def test_wise_ft_goes_straight_to_the_base_with_an_adapter_too(shared, monkeypatch):
+    trained = []
+    real = cell_module.measure_point
+    monkeypatch.setattr(
+        cell_module, "measure_point", lambda d, model, *rest: trained.append(model) or real(d, model, *rest)
+    )
+
+    def adapted():
+        return attach_lora(shared.world.make_model().requires_grad_(False), LoraConfig(rank=2, alpha=4.0), 0)
+
+    for alpha in (1.0, 0.5):
+        own = Desk(replace(shared.world, make_model=adapted), BUDGET)
+        run_cell(own, replace(RANDOM, train={"wise_ft": alpha}), ONE)
+    whole, half = (
+        torch.cat([layer.get_delta_weight("default").flatten() for _, layer in adapted_layers(model)])
+        for model in trained
+    )
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(half, 0.5 * whole)
 
 
 def test_a_total_is_taken_from_the_arm_that_was_named_and_finished(shared):
@@ -165,9 +234,6 @@ def test_a_total_is_taken_from_the_arm_that_was_named_and_finished(shared):
         with_total(replace(RANDOM, total_of="cosine"), other, ONE)
     with pytest.raises(ValueError, match="takes the total of random"):
         with_total(replace(RANDOM, total_of="random"), other, GRID)
-
-
-ROUNDS = ArmSpec("rounds", "ogs_rounds", {"num_rounds": 3}, replay=0.25)
 
 
 def test_an_arm_in_rounds(shared):

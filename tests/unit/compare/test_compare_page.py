@@ -43,6 +43,15 @@ def test_the_page_shows_losing_arms_claims_and_missing_cells():
     assert "never does" in html
 
 
+def test_a_rate_at_which_every_seed_diverged_leaves_the_page_whole():
+    found = config()
+    nan = float("nan")
+    lost = {at: filed(cell(*at, [(0.2, 0.3), (nan, nan)])) for at in table(found, MEANS) if at[0] == "ours"}
+    html = page(found, table(found, MEANS) | lost)
+    assert "10 diverged" in html
+    assert not re.search(r"\bnan\b", html, re.IGNORECASE)
+
+
 def test_points_below_the_corner_are_counted_and_stand_at_the_edge():
     found = config()
     cells = table(found, MEANS)

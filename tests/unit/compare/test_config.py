@@ -46,6 +46,12 @@ def test_seeds_named_twice_are_refused():
         ({"arms": [{"name": "random", "method": "random"}, {"name": "best_cheap", "method": "random"}]}, "best_cheap"),
         ({"arms": [{"name": "a/b", "method": "random"}, {"name": "random", "method": "random"}]}, "a/b"),
         ({"arms": [RANDOM, {"name": "b", "method": "loss", "settings": {"bond": "low"}}]}, "arm b, settings"),
+        ({"arms": [RANDOM, {**RANDOM, "name": "b", "train": {"stm": {"tua": 5}}}]}, "stm.tua"),
+        ({"arms": [RANDOM, {**RANDOM, "name": "b", "train": {"stm": {}}}]}, "one of tau and drop_share"),
+        ({"arms": [RANDOM, {**RANDOM, "name": "b", "train": {"lr_factor": "abc"}}]}, "lr_factor"),
+        ({"arms": [RANDOM, {**RANDOM, "name": "b", "train": {"wise_ft": 1.5}}]}, "wise_ft"),
+        ({"arms": [RANDOM, {**RANDOM, "name": "b", "train": {"hook": "agme"}}]}, "'agem'"),
+        ({"grid": {"lrs": [1e-3], "num_steps": 1, "batch_size": 1, "budget": 1, "schedule": "lineer"}}, "schedule"),
         ({"arms": [RANDOM, {"name": "b", "method": "loss", "settings": {"band": "lowest"}}]}, "arm b, settings band"),
     ],
 )
@@ -116,6 +122,8 @@ def test_settings_of_a_world_are_checked():
     with pytest.raises(ConfigError, match="wrong type"):
         world_settings(build_config(values(world={"settings": {"modulus": "7"}})).world)
     assert world_settings(build_config(values(world={"settings": {"pretrain_lr": 1}})).world).pretrain_lr == 1.0
+    with pytest.raises(ConfigError, match="does not divide among the heads"):
+        world_settings(build_config(values(world={"settings": {"hidden": 10}})).world)
 
 
 def test_an_arm_brings_along_what_it_depends_on():

@@ -135,6 +135,22 @@ def test_a_seed_gives_the_same_world_and_another_seed_another(world, toy, items)
 
 
 @pytest.mark.parametrize("domain", list(rd.DOMAINS))
+def test_no_answer_of_evaluation_is_a_wrong_answer_of_the_pool(domain, toy, items):
+    own = rd.DOMAINS[domain][0]
+    free = tuple(replace(item, choices=(), answer=f"only {item.id}") for item in items.by_source[own])
+    alone = replace(items, by_source={**items.by_source, own: free})
+    for seed in range(3):
+        got = real_world(seed, replace(SMALL, domain=domain), toy, alone)
+        held = {row.id.split("/", 1)[1] for some in got.evaluations for row in some.rows} | {
+            row.id.split("/", 1)[1] for row in got.target
+        }
+        answers = {text.rpartition("Answer: ")[2] for text in got.texts.values()}
+        in_pool = {got.texts[i].rpartition("Answer: ")[2] for i, kind in got.kinds.items() if kind == "wrong"}
+        assert in_pool <= answers
+        assert not in_pool & {f"only {name}" for name in held}
+
+
+@pytest.mark.parametrize("domain", list(rd.DOMAINS))
 def test_every_domain(domain, toy, items):
     got = real_world(1, replace(SMALL, domain=domain), toy, items)
     others = {some[0] for name, some in rd.DOMAINS.items() if name != domain}

@@ -27,6 +27,7 @@ from gradsift.compare.store import (
     read_manifest,
 )
 from gradsift.errors import ConfigError, StoreError
+from gradsift.manifest import canonical_json, sha256_bytes
 from gradsift.store.lock import me
 
 
@@ -101,6 +102,16 @@ def test_keys_tell_cells_apart_by_what_defines_them():
     arms = [{"name": "t", "method": "random", "total_of": "ours"}, *plain.dump()["arms"]]
     changed = [{**arm, "replay": 0.5} if arm["name"] == "ours" else arm for arm in arms]
     assert cell_key(config(arms=arms), "t", 0) != cell_key(config(arms=changed), "t", 0)
+
+
+@pytest.mark.parametrize("name", ["real", "junk"])
+def test_a_world_whose_rules_have_changed_has_other_keys(name):
+    for domain, same in (("medical", True), ("financial", False)):
+        found = config(metric="loss", world={"name": name, "settings": {"domain": domain}})
+        parts = {"arm": found.arm("ours"), "world": found.world, "grid": found.grid}
+        plain = {part: value.model_dump(mode="json") if value else None for part, value in parts.items()}
+        old = f"{sha256_bytes(canonical_json(plain).encode('ascii'))[:16]}-0"
+        assert (cell_key(found, "ours", 0) == old) == same
 
 
 def test_one_claim_at_a_time(tmp_path):

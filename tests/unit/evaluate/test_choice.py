@@ -70,6 +70,10 @@ def test_common_layouts_read_the_same(tmp_path, row):
         ({"answer": True}, "neither a position nor a text"),
         ({"choices": ["B", "four"], "answer": "B"}, "more than one"),  # the letter and the text disagree
         ({"choices": ["four"]}, "two different options"),
+        (
+            {"choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answer": 1},
+            "a position and also the label",
+        ),
         ({"choices": ["four", "four"], "answer": 0}, "two different options"),
         ({"choices": ["four", ""], "answer": 0}, "two different options"),
         ({"choices": [4, 5], "answer": 0}, "no list of texts"),

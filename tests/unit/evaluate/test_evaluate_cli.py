@@ -109,6 +109,21 @@ def test_a_finished_folder_is_read_and_not_measured_again(world, navigator, tmp_
     assert (error.value.got, error.value.expected) == ("7", "42")
 
 
+def test_two_sets_of_questions_of_one_name_are_two_parts_of_the_identity(world, navigator, tmp_path):
+    questions = [{"question": f"What is {n}?", "choices": ["up", "down"], "answer": n % 2} for n in range(6)]
+    paths = {
+        role: write_jsonl(tmp_path / f"{role}.jsonl", questions[at:]) for at, role in enumerate(("general", "domain"))
+    }
+    choice = [{"role": role, "label": "exam", "path": str(path)} for role, path in paths.items()]
+    for role, path in paths.items():
+        before = path.read_text()
+        evaluate(config(world, navigator, choice=choice), tmp_path / role)
+        path.write_text(before + before.splitlines()[0].replace("What", "Which") + "\n")
+        with pytest.raises(SpecError, match=f"choice {role} exam"):
+            evaluate(config(world, navigator, choice=choice), tmp_path / role)
+        path.write_text(before)
+
+
 def test_a_style_of_asking_is_part_of_the_identity(world, navigator, tmp_path):
     chat = evaluate(config(world, navigator, choice_style="chat"), tmp_path / "out")
     assert evaluate(config(world, navigator), tmp_path / "out").skipped  # the toy tokenizer has a template

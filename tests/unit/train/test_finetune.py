@@ -121,6 +121,23 @@ def test_a_stopped_run_resumes_to_the_same_losses_and_weights(
         }
 
 
+def test_a_stopped_run_does_not_go_on_with_other_general_rows(selected: Path, navigator: Path, tmp_path: Path) -> None:
+    general = write_jsonl(tmp_path / "general.jsonl", some_rows(30, 8, answer="fine"))
+    config = settings(navigator, general=(str(general),), kl={"weight": 0.1, "on": "general", "rows": 2})
+
+    def stop(rows: int, tokens: int) -> None:
+        raise Interrupted(15, "again")
+
+    with pytest.raises(Interrupted):
+        finetune(config, selected, tmp_path / "out", tick=stop)
+    kept = general.read_bytes()
+    write_jsonl(general, some_rows(30, 9, answer="fine"))
+    with pytest.raises(ConfigError, match="other settings, rows or model"):
+        finetune(config, selected, tmp_path / "out")
+    general.write_bytes(kept)
+    assert len(losses(finetune(config, selected, tmp_path / "out"))) == 3
+
+
 def test_the_data_section_and_the_weights_of_the_run_are_used(selected: Path, navigator: Path, tmp_path: Path) -> None:
     assert read_material(settings(navigator), selected).weights == {}
     material = read_material(settings(navigator), reweighed(selected, tmp_path / "run"))

@@ -29,8 +29,8 @@ class Halving:
 
     name = "halving"
 
-    def __init__(self) -> None:
-        self.cost, self.before, self.steps = Cost(), {}, []
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.cost, self.before, self.steps, self.seconds = Cost(), {}, [], seconds
 
     def __call__(self, model: torch.nn.Module, step: int) -> None:
         self.steps.append(step)
@@ -39,7 +39,7 @@ class Halving:
             fresh = p.grad.clone()
             p.grad.mul_(0.5 if n % 2 else 1.0).add_(self.before.get(name, torch.zeros_like(p)))
             self.before[name] = fresh
-        self.cost += Cost(flops=1.0)
+        self.cost += Cost(flops=1.0, seconds=self.seconds)
 
     def summary(self) -> dict[str, float]:
         return {}
@@ -256,3 +256,14 @@ def test_the_model_has_its_own_forward_back() -> None:
     model = toy_llama(1)
     train(model, lesson_config())
     assert "forward" not in vars(model)
+
+
+def test_the_seconds_of_a_hook_are_counted_once() -> None:
+    """A hook that says it took a thousand seconds: a step's own time is the rest."""
+    config = lesson_config()
+    loop = Loop(toy_lora(1), config.loop(PLAN.num_steps), 3, hook=Halving(1000.0))
+    loop.run(PLAN.steps, ROWS.__getitem__, {})
+    trainer = train(toy_lora(1), config, hook=Halving(1000.0))
+    trainer.train()
+    for one in (loop, trainer):
+        assert -1000.0 * PLAN.num_steps < one.cost.seconds < -1000.0 * PLAN.num_steps + 600
