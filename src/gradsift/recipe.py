@@ -19,6 +19,8 @@ from gradsift.types import Budget, LossOn
 MAX_RECIPE_BYTES = 1 << 20
 UPPER = r"^([0-9]+(\.[0-9]+)?%|[1-9][0-9]*)$"
 Format = Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt"]
+Numeral = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""Text that may be a whole number, which YAML and Python write without quotes."""
 
 
 class Strict(BaseModel):
@@ -124,7 +126,7 @@ class CollectConfig(Strict):
     """
 
     sketch_dim: int = Field(default=4093, ge=2)
-    layers: str | None = Field(default=None, pattern=UPPER)
+    layers: Numeral | None = Field(default=None, pattern=UPPER)
     positions: Literal["all", "trained"] = "all"
     dots: Literal["exact", "folded"] = "exact"
     tokens_per_batch: TokenBudget = Field(default=1024, ge=AUTO)
@@ -225,7 +227,7 @@ class ScreenConfig(Strict):
         confidence: of that bound.
     """
 
-    by: str | None = Field(default=None, pattern=rf"{UPPER}|^trained$")
+    by: Numeral | None = Field(default=None, pattern=rf"{UPPER}|^trained$")
     calibrate: int = Field(default=100, ge=20)
     certify: int = Field(default=200, ge=1)
     miss: float = Field(default=0.02, gt=0.0, lt=1.0)
@@ -280,7 +282,7 @@ class Recipe(Strict):
     warmup: WarmupConfig = WarmupConfig()
     proxy: ProxyRunConfig = ProxyRunConfig()
     method: MethodConfig
-    budget: str
+    budget: Numeral
     allow_weak_anchor: bool = False
     active_anchors: int | None = Field(default=None, ge=2)
     seed: int = Field(default=42, ge=0, lt=2**63)
@@ -312,6 +314,10 @@ def parse_budget(text: str) -> Budget:
         expected="a percentage (10%), a number of rows (500) or trained tokens (20000tok)",
         do="write it in one of these forms",
     )
+
+
+# The loader also meets dates that do not exist, keys that cannot be one, and nesting without end.
+NOT_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -359,7 +365,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         Nested dictionaries.
 
     Raises:
-        ConfigError: the file is missing, too large, not YAML, or not a mapping.
+        ConfigError: the file is missing, too large, unreadable, not YAML, or not a mapping.
     """
     if not path.is_file():
         raise ConfigError("the recipe file does not exist", where="--recipe", got=str(path), do="check the path")
@@ -372,8 +378,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
         )
     try:
         loaded = _load_yaml(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " ")) from None
+    except NOT_YAML as error:
+        raise ConfigError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " "),
+                          expected="YAML in UTF-8", do="correct it; quote a value that is meant as text") from None  # fmt: skip
+    except OSError as error:
+        raise ConfigError("the recipe file cannot be read", where=str(path), got=error.strerror or str(error),
+                          expected="a readable file", do="check its permissions and the disk") from None  # fmt: skip
     if not isinstance(loaded, dict):
         raise ConfigError(
             "the recipe is not a mapping",
@@ -401,8 +411,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError("--set takes KEY=VALUE", where="--set", got=repr(text), do="for example --set band=middle")
     try:
         return key.strip(), _load_yaml(value)
-    except yaml.YAMLError:
-        raise ConfigError("the value is not YAML", where=f"--set {key}", got=repr(value), do="quote it") from None
+    except NOT_YAML:
+        raise ConfigError("the value is not YAML", where=f"--set {key}", got=repr(value)[:80], do="quote it") from None
 
 
 TOP_LEVEL = tuple(Recipe.model_fields)
