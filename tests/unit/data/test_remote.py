@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
 
 from gradsift.data import remote
 from gradsift.data.pool import open_source, read_pool
-from gradsift.errors import DataError
+from gradsift.errors import ConfigError, DataError
 from gradsift.recipe import SourceConfig
 
 
@@ -28,7 +34,7 @@ def put(name: str, rows: list[dict]) -> str:
 
 
 def copies(cache) -> list[str]:
-    return sorted(path.name for path in (cache / "remote").iterdir())
+    return sorted(path.name for path in (cache / "remote").iterdir() if path.suffix != ".lock")
 
 
 def test_a_url_reads_as_the_file_behind_it(tmp_path, cache):
@@ -102,3 +108,74 @@ def test_a_transfer_that_breaks_leaves_no_copy(cache, monkeypatch):
             open_source(url)
     assert copies(cache) == []
     assert len(open_source(url).rows) == 9
+
+
+def test_a_secret_in_a_url_is_refused_wherever_it_is_opened(cache):
+    with pytest.raises(ConfigError, match="secret"):
+        open_source("http://user:CANARY@127.0.0.1/rows.jsonl")
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder behind a server that dates its files and gives no entity tags; also the answers to GET."""
+    answered = []
+    (tmp_path / "served").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            if self.command == "GET":
+                answered.append(self.path)
+
+    handler = functools.partial(Quiet, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}", answered
+        server.shutdown()
+
+
+def test_a_date_that_a_server_gives_is_a_version(cache, served):
+    folder, url, answered = served
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    for _ in range(2):
+        assert len(open_source(f"{url}/rows.jsonl").rows) == 1
+    assert len(answered) == 1
+    (folder / "rows.jsonl").write_text('{"text": "b"}\n')
+    os.utime(folder / "rows.jsonl", (1e9, 1e9))
+    assert open_source(f"{url}/rows.jsonl").rows.line(0) == b'{"text": "b"}'
+    assert len(answered) == 2
+
+
+def test_a_plain_query_is_no_part_of_the_ending(cache, served):
+    folder, url, _ = served
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert len(open_source(f"{url}/rows.jsonl?download=true").rows) == 1
+    assert [name.partition(".")[2] for name in copies(cache)] == ["jsonl"]
+
+
+def test_a_copy_in_use_is_left_alone(cache, monkeypatch):
+    monkeypatch.setattr(remote, "VERSIONS", ())  # as where a store names no version
+    url = put("rows.jsonl", [{"text": "a"}])
+    first = open_source(url).rows
+    again = open_source(url).rows
+    assert again.path == first.path
+    put("rows.jsonl", [{"text": "b"}, {"text": "c"}])
+    changed = open_source(url).rows
+    for rows, text in ((first, b"a"), (again, b"a"), (changed, b"b")):
+        assert rows.line(0) == b'{"text": "%s"}' % text
+        assert len(list(rows.parsed())) == len(rows)
+
+
+def test_of_several_at_once_one_fetches(cache, monkeypatch):
+    url = put("rows.jsonl", [{"text": "a"}])
+    fetched = []
+    real = remote._fetch
+
+    def slow(*arguments):
+        fetched.append(1)
+        time.sleep(0.2)
+        real(*arguments)
+
+    monkeypatch.setattr(remote, "_fetch", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(opened.rows) for opened in pool.map(open_source, [url] * 4)] == [1] * 4
+    assert len(fetched) == 1
