@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from gradsift.errors import ConfigError
 from gradsift.types import Budget, LossOn
@@ -21,6 +21,54 @@ UPPER = r"^([0-9]+(\.[0-9]+)?%|[1-9][0-9]*)$"
 Format = Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt"]
 Numeral = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """Text that may be a whole number, which YAML and Python write without quotes."""
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+# What stands before the host; a colon that no port follows begins a password, even one with a slash in it.
+_USER_INFO = re.compile(r"[^/?#]*@|[^:/?#]*:(?!\d*(?:[/?#]|$)).*@", re.DOTALL)
+NAMES_NO_PASSWORD = ("github", "git")  # github://org:repo@main/rows.jsonl
+PLAIN_QUERY = ("dl", "download", "format", "generation", "raw", "ref", "rev", "revision", "version", "versionid")
+
+
+def refuse_secrets(source: str) -> str:
+    """Refuse a URL that holds a password, a token or a signature: a run writes its sources into what it publishes.
+
+    Args:
+        source: path, URL or hub id as given.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: there may be a secret in it; the message does not repeat it.
+    """
+    for found in _SCHEME.finditer(source):
+        scheme, rest = found[1].lower(), source[found.end() :]
+        http, user = scheme in ("http", "https"), _USER_INFO.match(rest)
+        query = re.split("[&;]", rest.partition("?")[2].partition("#")[0]) if http else []
+        if user and (http or (":" in user[0] and scheme not in NAMES_NO_PASSWORD)):
+            got = "a user name, a password or a token before the host"
+        elif any(part and part.partition("=")[0].lower() not in PLAIN_QUERY for part in query):
+            got = "a query that may be a signature or a token"
+        else:
+            continue
+        raise ConfigError(
+            "this URL may hold a secret, and a run writes its sources into the files that it leaves",
+            where=f"{scheme}://...", got=got,
+            expected=f"no user info, and over http(s) no query but of {', '.join(PLAIN_QUERY)}",
+            do="give credentials in the store's environment variables or in the configuration of fsspec (FSSPEC_HTTP, "
+            "FSSPEC_S3, ~/.config/fsspec); or download the file and pass its path",
+        )  # fmt: skip
+    return source
+
+
+def _hidden(text: object, length: int = 80) -> str:
+    """What a message may repeat of a value: no URL behind its scheme, which may hold a secret."""
+    return re.sub(r"://\S*", "://...", str(text))[:length]
+
+
+SourcePath = Annotated[str, AfterValidator(refuse_secrets)]
+"""Local file, URL (``s3://bucket/rows.parquet``), or hub id (``org/name``, ``org/name:split``)."""
 
 
 class Strict(BaseModel):
@@ -34,11 +82,11 @@ class SourceConfig(Strict):
 
     Args:
         label: source label of a pool, or name of an anchor.
-        path: local file, URL (``s3://bucket/rows.parquet``), or hub id (``org/name``, ``org/name:split``).
+        path: local file, URL (``s3://bucket/rows.parquet``) without secrets, or hub id (``org/name``, ``org/name:split``).
     """
 
     label: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
-    path: str = Field(min_length=1)
+    path: SourcePath = Field(min_length=1)
 
 
 class DataConfig(Strict):
@@ -272,7 +320,7 @@ class Recipe(Strict):
     pool: tuple[SourceConfig, ...] = Field(min_length=1)
     general: tuple[SourceConfig, ...] = ()
     anchors: tuple[SourceConfig, ...] = ()
-    target: str | None = None
+    target: SourcePath | None = None
     data: DataConfig = DataConfig()
     navigator: NavigatorConfig = NavigatorConfig()
     collect: CollectConfig = CollectConfig()
@@ -379,7 +427,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     try:
         loaded = _load_yaml(path.read_text("utf-8"))
     except NOT_YAML as error:
-        raise ConfigError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " "),
+        raise ConfigError("the recipe is not YAML", where=str(path), got=_hidden(str(error).replace("\n", " "), 300),
                           expected="YAML in UTF-8", do="correct it; quote a value that is meant as text") from None  # fmt: skip
     except OSError as error:
         raise ConfigError("the recipe file cannot be read", where=str(path), got=error.strerror or str(error),
@@ -408,11 +456,15 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, sep, value = text.partition("=")
     if not sep or not key.strip():
-        raise ConfigError("--set takes KEY=VALUE", where="--set", got=repr(text), do="for example --set band=middle")
+        raise ConfigError(
+            "--set takes KEY=VALUE", where="--set", got=repr(_hidden(text)), do="for example --set band=middle"
+        )
     try:
         return key.strip(), _load_yaml(value)
     except NOT_YAML:
-        raise ConfigError("the value is not YAML", where=f"--set {key}", got=repr(value)[:80], do="quote it") from None
+        raise ConfigError(
+            "the value is not YAML", where=f"--set {key}", got=repr(_hidden(value)), do="quote it"
+        ) from None
 
 
 TOP_LEVEL = tuple(Recipe.model_fields)
@@ -481,7 +533,7 @@ def build_section(section: type[S], values: Mapping[str, Any], where: str) -> S:
         return section.model_validate(_copy(values))
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {str(e['input'])[:80]!r})" for e in error.errors()
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {_hidden(e['input'])!r})" for e in error.errors()
         ]
         raise ConfigError(
             f"{where} is not valid", where="; ".join(problems), do="correct these fields in the recipe, --set or flags"

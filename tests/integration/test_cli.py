@@ -12,6 +12,7 @@ import pytest
 from tests.rows import chat, world, write_jsonl
 
 from gradsift.cli.app import run
+from gradsift.cli.select import labelled
 
 GRADSIFT = [sys.executable, "-m", "gradsift"]
 
@@ -179,3 +180,46 @@ def test_stop_signal_resumes(tmp_path, navigator):
     assert run([*command, "--set", "collect.rows_per_shard=3"]) == 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["selection"]["num_rows"] == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("a/données.jsonl", "donnees"),
+        ("日本.jsonl", "pool"),
+        ("a b.v2.jsonl", "a_b"),
+        ("org/name:train", "name"),
+        ("https://host:8080/deep/rows.jsonl?download=true", "rows"),
+        ("https://host:8080/", "pool"),
+        ("http://[x/rows.jsonl", "rows"),
+        ("s3://bucket/rows.parquet", "rows"),
+        ("memory://rows.jsonl", "rows"),
+    ],
+)
+def test_a_pool_is_named_after_its_file(path, label):
+    assert labelled(path, "--pool") == {"label": label, "path": path}
+
+
+def test_long_names_are_cut_and_stay_apart():
+    labels = [labelled("x" * 70 + f"{n}.jsonl", "--pool")["label"] for n in range(2)]
+    assert len(set(labels)) == 2
+    assert [len(label) for label in labels] == [64, 64]
+
+
+def test_select_reads_what_its_automatic_label_names(tmp_path, capsys):
+    for name in ("données.jsonl", "x" * 70 + ".jsonl"):
+        write_jsonl(tmp_path / name, [{"text": f"row {k}"} for k in range(4)])
+        words = ["select", "--pool", str(tmp_path / name), "--method", "random", "--budget", "2", "--dry-run"]
+        assert run(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", [["--pool"], ["--anchor"], ["--target"], ["--general"]])
+def test_a_secret_in_a_url_is_neither_written_nor_said(tmp_path, capsys, role):
+    url = "http://user:CANARY@127.0.0.1:9/rows.jsonl"
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "row"}])
+    words = ["select", "--pool", str(rows), "--method", "random", "--budget", "1", "--out", str(tmp_path / "run")]
+    assert run([*words, *role, url]) == 2
+    said = "".join(capsys.readouterr())
+    assert "secret" in said
+    assert "CANARY" not in said
+    assert not (tmp_path / "run").exists()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shlex
 import sys
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
     from gradsift.launch.seat import Seat
     from gradsift.pipeline import Outcome
+
+MAX_LABEL = 64
 
 Pool = Annotated[
     list[str] | None,
@@ -186,8 +191,11 @@ def labelled(text: str, flag: str, *, named: bool = False) -> dict[str, str]:
         ``label`` and ``path``.
 
     Raises:
-        ConfigError: an anchor has no name.
+        ConfigError: an anchor has no name, or a URL holds a secret.
     """
+    from gradsift.recipe import refuse_secrets
+
+    refuse_secrets(text)
     label, sep, path = text.partition("=")
     if sep and label and "/" not in label:
         return {"label": label, "path": path}
@@ -195,9 +203,27 @@ def labelled(text: str, flag: str, *, named: bool = False) -> dict[str, str]:
         raise ConfigError(
             "an anchor needs a name", where=flag, got=text, expected="NAME=PATH", do=f"{flag} math={text}"
         )
-    stem = Path(text.split("://")[-1].split(":")[0]).name.split(".")[0]
-    clean = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem).lstrip("_.-")
-    return {"label": clean or "pool", "path": text}
+    return {"label": label_of(text), "path": text}
+
+
+def label_of(path: str) -> str:
+    """Name a pool after its file.
+
+    Args:
+        path: path, URL or hub id.
+
+    Returns:
+        The file's stem in ASCII, at most 64 characters: a longer one ends in a hash of its own.
+    """
+    if "://" in path:
+        host, slash, rest = re.split("[?#]", path.partition("://")[2])[0].partition("/")
+        path = rest if slash else host
+    stem = Path(path.split(":")[0]).name.split(".")[0]
+    letters = (c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c))
+    clean = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in letters).lstrip("_-")
+    if len(clean) > MAX_LABEL:
+        clean = f"{clean[: MAX_LABEL - 9]}-{hashlib.sha256(stem.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return clean or "pool"
 
 
 def build(recipe: Path | None, settings: list[str], flags: list[tuple[str, Any]]) -> Any:

@@ -9,6 +9,7 @@ from gradsift.data.lines import Opened
 from gradsift.data.readers import ARCHIVES, SUFFIXES, compressed, read_text_file
 from gradsift.data.remote import URL, local_copy
 from gradsift.errors import DataError
+from gradsift.recipe import refuse_secrets
 
 # A missing file with one of these endings is a missing file: the hub is not asked about it.
 OTHER_FILES = (".txt", ".tsv", ".md", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".pkl", ".npy", ".npz", ".pt", ".bin")
@@ -26,6 +27,7 @@ def open_source(source: str) -> Opened:
     Raises:
         DataError: there is no such file, its kind is not known, or it cannot be read.
     """
+    refuse_secrets(source)
     if URL.fullmatch(source):
         return _open_url(source)
     path = Path(source)
