@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.rows import chat, world, write_jsonl
@@ -120,6 +122,75 @@ def test_inspect_shows_the_mask(tmp_path, navigator, capsys):
     assert "status OK" in said
     assert "8 carry loss" in said  # seven letters and the end of the turn
     assert run(["inspect", str(path), "--navigator", str(navigator), "--row", "5"]) == 2
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(tmp_path, navigator, capsys, monkeypatch):
+    from gradsift.data import show
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat("why?", "because")])
+    # A tokenizer of Mistral's family has such tokens; the toy's are letters.
+    monkeypatch.setattr(
+        show, "token_table", lambda *_: [show.ShownToken(0, 5, "[/INST]", True), show.ShownToken(1, 6, "[red]", False)]
+    )
+    assert run(["inspect", str(path), "--navigator", str(navigator), "--tokens"]) == 0
+    said = capsys.readouterr().out
+    assert "'[/INST]'" in said
+    assert "'[red]'" in said
+
+
+def test_doctor_and_tables_show_what_looks_like_markup(tmp_path, capsys, monkeypatch):
+    from rich.console import Console
+
+    from gradsift import doctor
+    from gradsift.cli import evaluate
+    from gradsift.cli.screen import table
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("why?", "because")])
+    monkeypatch.setattr(doctor, "examine", lambda *_, **__: [doctor.Check("[/a]", "ok", "[/b]", "[red]c")])
+    assert run(["doctor", "--pool", str(rows)]) == 0
+    monkeypatch.setattr(evaluate, "lines", lambda _: [("[/d]",) * 8])
+    manifest = {"transitions": [], "notes": []}
+    evaluate.show(Console(), SimpleNamespace(skipped=False, manifest=manifest, out=tmp_path))
+    Console().print(table("[/e]", "[/f]"))
+    said = capsys.readouterr().out
+    for words in ("[/a]", "[/b]", "[red]c", "[/d]", "[/e]", "[/f]"):
+        assert words in said
+
+
+def test_a_demo_in_this_folder_has_its_rows_beside_it(tmp_path, capsys, monkeypatch):
+    from gradsift.cli import demo, select
+    from gradsift.data import exam_rows
+
+    asked = []
+
+    def written(place):
+        asked.append(place)
+        return SimpleNamespace(
+            notes=(), anchors={"math": place / "math.jsonl"}, pool=place / "m.jsonl", target=place / "t.jsonl"
+        )
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    (tmp_path / "my run").mkdir()
+    monkeypatch.chdir(tmp_path / "my run")
+    monkeypatch.setattr(exam_rows, "write_demo_rows", written)
+    monkeypatch.setattr(select, "run", stop)
+    with pytest.raises(Stop):
+        demo.command(out=Path("."), fetch=False, method="random", budget="5")
+    assert asked == [tmp_path / "my run-rows"]
+    same = capsys.readouterr().out.partition("the same as: ")[2]
+    assert shlex.split(same)[:4] == ["gradsift", "select", "--pool", str(tmp_path / "my run-rows" / "m.jsonl")]
+    assert shlex.split(same)[-2:] == ["--out", "."]
+
+
+@pytest.mark.parametrize("rows", ["0", "-1"])
+def test_doctor_takes_at_least_one_row(capsys, rows):
+    assert run(["doctor", "--pool", "rows.jsonl", "--rows", rows]) == 2
+    assert "--rows" in capsys.readouterr().err
 
 
 def test_doctor_passes_a_sound_model_and_fails_a_wrong_tokenizer(tmp_path, navigator, capsys):

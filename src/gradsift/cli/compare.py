@@ -199,14 +199,14 @@ def show_plan(console: Console, plan: Any) -> None:
         console: where to print.
         plan: from ``compare.plan``.
     """
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
     from gradsift.pipeline.estimate import human_time
 
     say(console, f"{plan.num_cells} cells, {plan.num_done} of them finished")
     if plan.seconds:
         out = table("What is left", "arm", "seconds", right=("seconds",))
         for arm, seconds in plan.seconds.items():
-            out.add_row(arm, f"{seconds:.0f}")
+            out.add_row(cell(arm), f"{seconds:.0f}")
         out.add_row("building the worlds", f"{plan.world_seconds:.0f}")
         console.print(out)
         processes = "1 process" if plan.num_workers == 1 else f"{plan.num_workers} processes"
@@ -222,7 +222,7 @@ def show(console: Console, config: Any, analysis: Any) -> None:
         config: the declared settings.
         analysis: what was found.
     """
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
     from gradsift.compare import words
     from gradsift.compare.applicable import inapplicable_rows
 
@@ -234,9 +234,9 @@ def show(console: Console, config: Any, analysis: Any) -> None:
     for arm in analysis.arms:
         shown = (beside, *(cheap for _ in second))
         own = [str(some[arm.name].interval) if arm.name in some else "" for some in shown]
-        out.add_row(arm.name, str(len(arm.seeds)), f"{arm.mean:.3f}", *own, words.runs(arm.spent.relative))
+        out.add_row(cell(arm.name), str(len(arm.seeds)), f"{arm.mean:.3f}", *own, words.runs(arm.spent.relative))
     for name, why in inapplicable_rows(analysis.missing).items():
-        out.add_row(name, "0", why)
+        out.add_row(cell(name), "0", cell(why))
     console.print(out)
     for check in analysis.placebos:
         say(console, check.sentence, style="" if check.passed else "bold red")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -34,12 +35,14 @@ def command(
     from gradsift.demo.table import kept_and_why
     from gradsift.recipe import build_recipe
 
-    rows = write_demo_rows(out.with_name(f"{out.name}-rows"))
+    beside = out if out.name not in ("", "..") else out.resolve()
+    rows = write_demo_rows(beside.parent / f"{beside.name}-rows")
     for note in rows.notes:
         console.print(f"note: {note.text}", style="dim", markup=False, highlight=False)
-    anchors = [f"--anchor {name}={path}" for name, path in rows.anchors.items()]
-    same = f"gradsift select --pool {rows.pool} {' '.join(anchors)} --target {rows.target}"
-    console.print(f"the same as: {same} --method {method} --budget {budget} --out {out}", markup=False, soft_wrap=True)
+    anchors = [word for name, path in rows.anchors.items() for word in ("--anchor", f"{name}={path}")]
+    words = ["gradsift", "select", "--pool", str(rows.pool), *anchors, "--target", str(rows.target)]
+    words += ["--method", method, "--budget", budget, "--out", str(out)]
+    console.print(f"the same as: {shlex.join(words)}", markup=False, soft_wrap=True)
     recipe = build_recipe(
         {
             "pool": [{"label": "medical", "path": str(rows.pool)}],

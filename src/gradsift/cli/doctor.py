@@ -41,7 +41,7 @@ def command(
     recipe: RecipeFile = None,
     rows: Annotated[
         int | None,
-        typer.Option("--rows", help="Rows to differentiate with the oracle [4], or to rank with --layers [64]."),
+        typer.Option("--rows", min=1, help="Rows to differentiate with the oracle [4], or to rank with --layers [64]."),
     ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Measure instead what upper layers cost and how well they rank.")
@@ -52,9 +52,9 @@ def command(
 ) -> None:
     """Try the navigator on real rows: masks, begin tokens, vocabulary, coverage, exactness, batching; or --layers."""
     from rich.console import Console
+    from rich.text import Text
 
-    from gradsift.cli.app import safe
-    from gradsift.cli.screen import Screen, table
+    from gradsift.cli.screen import Screen, cell, table
     from gradsift.doctor import examine
 
     flags = [
@@ -76,7 +76,7 @@ def command(
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for check in checks:
         out.add_row(
-            safe(check.name), f"[{styles[check.verdict]}]{check.verdict}[/]", safe(check.figure), safe(check.advice)
+            cell(check.name), Text(check.verdict, styles[check.verdict]), cell(check.figure), cell(check.advice)
         )
     console.print(out)
     if any(check.verdict == "fail" for check in checks):

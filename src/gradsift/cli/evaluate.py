@@ -147,14 +147,14 @@ def show(console: Console, done: Evaluation) -> None:
         done: the stage's outcome.
     """
     from gradsift.cli.app import safe
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
 
     if done.skipped:
         console.print("the folder holds these figures already; nothing was measured again", style="dim")
     out = table("Figures", "role", "set", "metric", "n", "before", "after", "gain", "forgetting",
                 right=("n", "before", "after", "gain", "forgetting"))  # fmt: skip
     for cells in lines(done):
-        out.add_row(*map(safe, cells))
+        out.add_row(*map(cell, cells))
     console.print(out)
     for entry in done.manifest["transitions"]:
         console.print(safe(transition_line(entry)), markup=False, highlight=False)

@@ -23,7 +23,7 @@ def command(
     from rich.text import Text
 
     from gradsift.cli.app import safe
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
     from gradsift.data.pool import read_pool
     from gradsift.data.show import segments, token_table
     from gradsift.data.tokenize import mask_rule, tokenize_rows
@@ -57,5 +57,5 @@ def command(
     if tokens:
         out = table("Tokens", "position", "id", "text", "loss", right=("position", "id"))
         for token in token_table(seen, tokenizer):
-            out.add_row(str(token.position), str(token.id), repr(token.text), "yes" if token.trained else "")
+            out.add_row(str(token.position), str(token.id), cell(repr(token.text)), "yes" if token.trained else "")
         console.print(out)

@@ -86,16 +86,12 @@ def put(console: Console, *grids: Grid) -> None:
         console: where to print.
         *grids: the tables; what they hold is text, not markup, and control characters are escaped.
     """
-    from rich.markup import escape
-
-    from gradsift.cli.app import safe
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
 
     for grid in grids:
-        shown = {name: escape(safe(name)) for name in grid.headings}
-        out = table(grid.title, *shown.values(), right=tuple(shown[name] for name in grid.right))
+        out = table(grid.title, *grid.headings, right=tuple(grid.right))
         for line in grid.lines:
-            out.add_row(*(escape(safe(cell)) for cell in line))
+            out.add_row(*map(cell, line))
         console.print()
         console.print(out)
 

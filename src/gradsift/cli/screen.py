@@ -13,7 +13,9 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from gradsift.cli.app import safe
 from gradsift.errors import Interrupted
 
 WORDS = {
@@ -164,7 +166,7 @@ class Screen:
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Make a plain table.
+    """Make a plain table; what its title and headings hold is text, not markup. See :func:`cell`.
 
     Args:
         title: its title.
@@ -174,7 +176,20 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     Returns:
         An empty table.
     """
-    out = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    out = Table(title=cell(title, "bold"), title_justify="left", header_style="dim", box=None, pad_edge=False)
     for column in columns:
-        out.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        out.add_column(cell(column), justify="right" if column in right else "left", overflow="fold")
     return out
+
+
+def cell(text: str, style: str = "") -> Text:
+    """Hold text out of a file for a table: nothing in it is markup, and control characters are escaped.
+
+    Args:
+        text: any text.
+        style: of rich.
+
+    Returns:
+        What a table shows as it is.
+    """
+    return Text(safe(text), style)

@@ -349,11 +349,11 @@ def show_estimate(console: Console, plan: Any) -> None:
         console: where to print.
         plan: from ``pipeline.estimate``.
     """
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
 
     out = table("What this run would take", "part", "estimate")
     for name, value in plan.lines():
-        out.add_row(name, value)
+        out.add_row(name, cell(value))
     console.print(out)
 
 
@@ -366,7 +366,7 @@ def show(console: Console, outcome: Outcome, page: Path | None) -> None:
         page: the report.
     """
     from gradsift.cli.app import safe
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
 
     manifest = outcome.manifest
     rows, chosen = manifest["rows"], manifest["selection"]
@@ -379,7 +379,7 @@ def show(console: Console, outcome: Outcome, page: Path | None) -> None:
         sums = table("Cosine of the summed gradient", "with", "of the chosen rows", "of the whole pool",
                      right=("of the chosen rows", "of the whole pool"))  # fmt: skip
         for entry in manifest["set_conflict"]:
-            sums.add_row(entry["anchor"], f"{entry['selected']:+.3f}", f"{entry['pool']:+.3f}")
+            sums.add_row(cell(entry["anchor"]), f"{entry['selected']:+.3f}", f"{entry['pool']:+.3f}")
         console.print(sums)
     for note in chosen["notes"]:
         console.print(safe(f"note: {note['text']}"), style="yellow", markup=False, highlight=False)

@@ -192,7 +192,7 @@ def show_forecast(console: Console, config: Any, selection: Path) -> None:
         config: the settings.
         selection: run folder, selection folder or file of rows.
     """
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
     from gradsift.pipeline.estimate import REACHED, human_time, product_speed, weight_count
 
     if config.online.policy is None:
@@ -214,7 +214,7 @@ def show_forecast(console: Console, config: Any, selection: Path) -> None:
         "time", f"about {human_time(seconds)} on this CPU, without hooks and penalties (within a factor of two)"
     )
     for note in plan.notes:
-        out.add_row("note", note)
+        out.add_row("note", cell(note))
     console.print(out)
 
 

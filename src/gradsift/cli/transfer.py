@@ -78,13 +78,13 @@ def show(console: Console, done: Audited) -> None:
         done: the audit.
     """
     from gradsift.cli.app import safe
-    from gradsift.cli.screen import table
+    from gradsift.cli.screen import cell, table
 
     headings = ("with", "Spearman", "same sign", f"top {done.report['rows']['k']} shared", "by chance")
     out = table("The navigator's cosines on the target model", *headings, right=headings[1:])
     for entry in done.report["anchors"]:
         shares = [figure(entry[name], "{:.0%}") for name in ("signs", "overlap")]
-        out.add_row(safe(entry["name"]), figure(entry["spearman"], "{:+.2f}"), *shares, f"{entry['by_chance']:.0%}")
+        out.add_row(cell(entry["name"]), figure(entry["spearman"], "{:+.2f}"), *shares, f"{entry['by_chance']:.0%}")
     console.print(out)
     for entry in done.found:
         style = "bold yellow" if entry.warns else "bold"

@@ -70,7 +70,10 @@ def _read(column: Column, ids: Sequence[str], values: Sequence[Any]) -> np.ndarr
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's whole numbers have no end
+        return None
     return number if math.isfinite(number) else None
 
 

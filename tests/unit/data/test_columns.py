@@ -21,7 +21,7 @@ GOOD = {
     "vectors": ([[1, 0], [0, 1]], [[], [[0.5]]]),
 }
 BAD = {
-    "number": ["3", None, True, float("inf"), [1]],
+    "number": ["3", None, True, float("inf"), [1], 10**400],
     "numbers": [3, ["a"], [True], None, [float("nan")]],
     "word": [3, None, ["a"]],
     "words": ["a", [1], None],
