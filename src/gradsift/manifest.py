@@ -20,9 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gradsift.errors import DiskFullError, StoreError
+from gradsift.errors import DataError, DiskFullError, StoreError
 
 TMP_SUFFIX = ".tmp"
+RECIPE, NEXT_RECIPE, MANIFEST = "recipe.yaml", "recipe.next.yaml", "manifest.json"  # of a run of select
 PACKAGES = ("gradsift", "torch", "transformers", "numpy")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK = 1 << 20
@@ -334,6 +335,55 @@ def pretty_json(value: Any) -> bytes:
     """
     _check_keys(value)
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that a killed writer left.
+
+    Args:
+        folder: whose files are looked at; may be absent. Nobody else may be writing in it.
+    """
+    for path in folder.glob(f"*{TMP_SUFFIX}"):
+        if re.fullmatch(rf".+\.[0-9a-f]{{12}}{re.escape(TMP_SUFFIX)}", path.name):
+            path.unlink(missing_ok=True)
+
+
+def read_finished(run: Path) -> dict[str, Any]:
+    """Read the manifest of a finished ``gradsift select`` and check that recipe and rows are those that it was written for.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        Content of ``manifest.json``. One of before it named files is taken as it is.
+
+    Raises:
+        DataError: there is no manifest, or a file is another one than it names.
+        StoreError: a file cannot be read.
+    """
+    path = run / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = manifest.get("files", {}).items()
+    except FileNotFoundError:
+        raise _unfinished(path, "no such file") from None
+    except OSError as error:
+        raise read_error(error, path) from None
+    except (ValueError, AttributeError):
+        raise _unfinished(path, "no manifest in JSON") from None
+    for name, digest in files:
+        file = run / name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise _unfinished(file, "another file than manifest.json names" if file.is_file() else "no such file")
+    return manifest
+
+
+def _unfinished(file: Path, got: str) -> DataError:
+    return DataError(
+        "this run is not finished, or its files were changed", where=str(file), got=got,
+        expected=f"{RECIPE}, the selected rows and {MANIFEST} of one run of gradsift select",
+        do="run the same gradsift select again; rows that you edited are trained on with --selection FILE",
+    )  # fmt: skip
 
 
 def seal(value: dict[str, Any]) -> bytes:

@@ -19,8 +19,9 @@ import yaml
 from tests.rows import chat, some_rows, world, write_jsonl
 
 from gradsift import select
-from gradsift.errors import ConfigError, DataError, DiskFullError, GradsiftError, SpecError
+from gradsift.errors import BudgetError, ConfigError, DataError, DiskFullError, GradsiftError, SpecError
 from gradsift.recipe import build_recipe
+from gradsift.train.material import find_selection
 from gradsift.types import RowStatus
 
 SMALL = {"collect.rows_per_shard": 5, "collect.sketch_dim": 251}
@@ -287,6 +288,71 @@ def test_a_folder_that_is_something_else_is_not_written_to(tmp_path, navigator):
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
     with pytest.raises(ConfigError, match="holds something else"):
         run(files, tmp_path / "mine", navigator)
+
+
+def test_a_refused_run_leaves_a_finished_one_as_it_was(tmp_path, navigator):
+    files, out = world(tmp_path), tmp_path / "run"
+    other = {"data.loss_on": "all", "data.max_length": 54}
+    with pytest.raises(BudgetError):
+        run(files, out, navigator, "random", budget=1000, settings=other)
+    run(files, out, navigator, "random")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(BudgetError):
+        run(files, out, navigator, "random", budget=1000, settings=other)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert find_selection(out).recipe.data.max_length == 1024
+    run(files, out, navigator, "random", settings=other)
+    assert find_selection(out).recipe.data.max_length == 54
+    assert not (out / "recipe.next.yaml").exists()
+
+
+def test_a_run_that_died_while_writing_is_not_finished(tmp_path, navigator, monkeypatch):
+    files, out = world(tmp_path), tmp_path / "run"
+    run(files, out, navigator, "random")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    for stopped in ("write_selected", "write_audit", "render_card"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gradsift.pipeline.run.{stopped}", die)
+            with pytest.raises(KeyboardInterrupt):
+                run(files, out, navigator, "random", settings={"data.max_length": 54})
+        for place in (out, out / "selection"):
+            with pytest.raises(DataError, match="not finished") as refusal:
+                find_selection(place)
+            assert refusal.value.do
+    run(files, out, navigator, "random", settings={"data.max_length": 54})
+    assert find_selection(out).recipe.data.max_length == 54
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "selection/selected.jsonl", "manifest.json"])
+def test_files_of_a_run_that_do_not_belong_together_are_refused(tmp_path, navigator, name):
+    files, out = world(tmp_path), tmp_path / "run"
+    run(files, out, navigator, "random")
+    before = (out / name).read_bytes()
+    (out / name).write_bytes(before + b" x")
+    with pytest.raises(DataError, match="not finished") as refusal:
+        find_selection(out)
+    assert name in str(refusal.value)
+    assert find_selection(out / "selection" / "selected.jsonl").recipe is None  # a file of rows is what it is
+    (out / name).write_bytes(before)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["files"]  # runs of before it named them
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "recipe.yaml").write_bytes((out / "recipe.yaml").read_bytes() + b"\n")
+    assert find_selection(out).recipe is not None
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path, navigator):
+    files, out = world(tmp_path), tmp_path / "run"
+    run(files, out, navigator, "random")
+    left = [out / "manifest.json.0123456789ab.tmp", out / "selection" / "selected.jsonl.0123456789ab.tmp"]
+    for path in (*left, out / "selection" / "mine.tmp"):
+        path.write_text("x")
+    run(files, out, navigator, "random")
+    assert not any(path.exists() for path in left)
+    assert (out / "selection" / "mine.tmp").exists()
 
 
 def test_every_refusal_says_what_to_do(tmp_path, navigator):

@@ -166,6 +166,13 @@ def test_a_changed_file_is_refused(tmp_path, navigator):
         audit_transfer(tmp_path / "run", TransferConfig(str(navigator), 20))
 
 
+def test_a_recipe_of_another_run_is_refused(done, navigator):
+    text = (done / "recipe.yaml").read_text()
+    (done / "recipe.yaml").write_text(text.replace("max_length: 1024", "max_length: 54"))
+    with pytest.raises(DataError, match="not finished"):
+        audit_transfer(done, TransferConfig(str(navigator), 20))
+
+
 def test_a_warmed_adapter_is_warmed_on_as_many_rows(tmp_path, files, navigator):
     out = tmp_path / "run"
     assert run(select_arguments(files, out, navigator, "--set", "navigator.lora.warmup_share=0.1")) == 0

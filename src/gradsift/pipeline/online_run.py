@@ -6,7 +6,6 @@ that the run read, which must not have changed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from gradsift.errors import ConfigError, DataError, SpecError
 from gradsift.geometry.cluster import Clusters
+from gradsift.manifest import MANIFEST, RECIPE, read_finished
 from gradsift.methods import make_method
 from gradsift.methods.base import Method, Needs, resolve_budget
 from gradsift.pipeline.measure import Measurement
@@ -120,14 +120,13 @@ def read_offer(run: Path, clock: Clock) -> Offer:
 
 
 def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    files = [run / name for name in ("recipe.yaml", "manifest.json", "selection/audit.parquet")]
-    if not all(path.is_file() for path in files):
+    if not all((run / name).is_file() for name in (RECIPE, MANIFEST, "selection/audit.parquet")):
         raise DataError(
             "online selection takes a finished run, for it chooses from the whole pool", where=f"--selection {run}",
             expected="a run folder of gradsift select", do="run gradsift select first, or leave online.policy out",
         )  # fmt: skip
-    recipe = build_recipe(load_recipe(files[0]))
-    manifest = json.loads(files[1].read_text("utf-8"))
+    manifest = read_finished(run)
+    recipe = build_recipe(load_recipe(run / RECIPE))
     told = manifest["selection"]
     found = (told["method"], told["budget"], told["seed"])
     asked = (recipe.method.name, str(parse_budget(recipe.budget)), recipe.seed)

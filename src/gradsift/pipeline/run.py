@@ -15,7 +15,19 @@ from typing import Any
 from gradsift.data.export import write_mixture, write_selected
 from gradsift.errors import ConfigError
 from gradsift.launch.seat import Seat
-from gradsift.manifest import git_sha, make_folder, versions, write_bytes_atomic, write_json_atomic
+from gradsift.manifest import (
+    MANIFEST,
+    NEXT_RECIPE,
+    RECIPE,
+    fsync_folder,
+    git_sha,
+    make_folder,
+    remove_temporary,
+    sha256_file,
+    versions,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.audit import AuditRows, write_audit
@@ -91,7 +103,10 @@ def select(
     if method.needs.probes is not None:
         design_probes(prepared, eligible_rows(prepared, None))  # refuses before a model loads
     make_folder(out)
-    write_bytes_atomic(out / "recipe.yaml", dump_recipe(recipe).encode("utf-8"))
+    for folder in (out, out / "selection"):
+        remove_temporary(folder)
+    # An earlier run's recipe stands until this run's results do: it says what the results there were made with.
+    write_bytes_atomic(out / NEXT_RECIPE, dump_recipe(recipe).encode("utf-8"))
     if needs_model(recipe, prepared):
         prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
     screened = None
@@ -127,9 +142,9 @@ def _check_folder(out: Path) -> None:
     """Refuse to write into a folder that is something else."""
     if out.exists() and not out.is_dir():
         raise ConfigError("the run folder is a file", where="--out", got=str(out), do="name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").is_file():
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in (RECIPE, NEXT_RECIPE)):
         raise ConfigError(
-            "the folder holds something else", where="--out", got=f"{out} without recipe.yaml",
+            "the folder holds something else", where="--out", got=f"{out} without {RECIPE}",
             expected="a new or empty folder, or an earlier run", do="name another folder",
         )  # fmt: skip
 
@@ -146,6 +161,8 @@ def _write(
     measured, probed, screened = found
     place = out / "selection"
     make_folder(place)
+    (out / MANIFEST).unlink(missing_ok=True)  # it says that the run is finished, which from here on it is not
+    fsync_folder(out)
     exported = write_selected(prepared.pool.pool, selection.ids, place)
     selection = dataclasses.replace(selection, notes=(*selection.notes, *exported.notes))
     template = place / "chat_template.jinja"
@@ -157,11 +174,13 @@ def _write(
     write_audit(audit, place / "audit.parquet")
     write_json_atomic(place / "examples.json", example_rows(prepared, measured, problem, selection))
     details = ()
-    if selection.details is not None:  # before the manifest, which says that the run is finished
+    if selection.details is not None:
         details = (place / "details.json",)
         write_json_atomic(details[0], dict(selection.details))
     else:
         (place / "details.json").unlink(missing_ok=True)
+    mixture = write_mixture(selection.mixture, place)
+    (out / NEXT_RECIPE).replace(out / RECIPE)
     manifest = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -169,6 +188,7 @@ def _write(
         "versions": versions(),
         "git_sha": git_sha(Path(__file__).parent),
         "inputs": _inputs(prepared),
+        "files": {str(path.relative_to(out)): sha256_file(path) for path in (out / RECIPE, exported.paths[0])},
         "rows": audit.counts(),
         **_measured(prepared, measured),
         "sketch": sketch_noise(problem),
@@ -183,9 +203,8 @@ def _write(
         "cost": _cost(clock),
     }
     write_bytes_atomic(place / "README.md", render_card(manifest).encode("utf-8"))
-    write_json_atomic(out / "manifest.json", manifest)
-    mixture = write_mixture(selection.mixture, place)
-    files = (*exported.paths, *mixture, place / "audit.parquet", *details, place / "README.md", out / "manifest.json")
+    write_json_atomic(out / MANIFEST, manifest)
+    files = (*exported.paths, *mixture, place / "audit.parquet", *details, place / "README.md", out / MANIFEST)
     return files, manifest
 
 

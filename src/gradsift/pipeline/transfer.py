@@ -17,7 +17,16 @@ from jaxtyping import Float
 from gradsift.errors import ConfigError, DataError, ModelError, SpecError
 from gradsift.geometry.similarity import cosines
 from gradsift.geometry.transfer import Transfer, transfer
-from gradsift.manifest import git_sha, hash_parts, make_folder, versions, write_json_atomic
+from gradsift.manifest import (
+    MANIFEST,
+    RECIPE,
+    git_sha,
+    hash_parts,
+    make_folder,
+    read_finished,
+    versions,
+    write_json_atomic,
+)
 from gradsift.methods import make_method
 from gradsift.pipeline.measure import Measurement, measure
 from gradsift.pipeline.prepare import Prepared, prepare, refuse_changed
@@ -124,11 +133,10 @@ def audit_transfer(
 
 
 def _read_run(run: Path) -> _Run:
-    manifest_file, recipe_file = run / "manifest.json", run / "recipe.yaml"
-    if not manifest_file.is_file() or not recipe_file.is_file():
+    if not (run / MANIFEST).is_file() or not (run / RECIPE).is_file():
         raise DataError("this is not a finished run", where=str(run), expected="a run folder of gradsift select",
                         do="run gradsift select first; the same command finishes a stopped run")  # fmt: skip
-    manifest = json.loads(manifest_file.read_text("utf-8"))
+    manifest = read_finished(run)
     if not manifest.get("directions"):
         raise ConfigError(
             "this run measured no cosines, so there is nothing to compare", where=str(run),
@@ -136,7 +144,7 @@ def _read_run(run: Path) -> _Run:
             do="select with a method that measures gradients, or with --set collect.signals=all, into another --out",
         )  # fmt: skip
     store = open_store(run / "signals" / manifest["spec_key"])
-    return _Run(run, build_recipe(load_recipe(recipe_file)), manifest, store)
+    return _Run(run, build_recipe(load_recipe(run / RECIPE)), manifest, store)
 
 
 def _target_recipe(recipe: Recipe, config: TransferConfig) -> Recipe:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.data.pool import Pool, read_pool
 from gradsift.data.tokenize import MaskRule, mask_rule, tokenize_rows
 from gradsift.errors import DataError, ModelError
+from gradsift.manifest import NEXT_RECIPE, RECIPE, read_finished
 from gradsift.models.load import load_tokenizer
 from gradsift.models.resolve import Resolved, resolve_navigator
 from gradsift.recipe import DataConfig, Recipe, SourceConfig, build_recipe, load_recipe
@@ -83,15 +84,17 @@ def find_selection(path: Path) -> Place:
         The files.
 
     Raises:
-        DataError: there is no selection.
+        DataError: there is no selection, or it is that of a run that is not finished.
     """
     if path.is_file():
         return Place(path, None, None)
     for folder in (path / "selection", path):
         rows = folder / "selected.jsonl"
         if rows.is_file():
-            audit, recipe = folder / "audit.parquet", folder.parent / "recipe.yaml"
-            built = build_recipe(load_recipe(recipe)) if recipe.is_file() else None
+            audit, run, built = folder / "audit.parquet", folder.parent, None
+            if any((run / name).is_file() for name in (RECIPE, NEXT_RECIPE)):
+                read_finished(run)
+                built = build_recipe(load_recipe(run / RECIPE))
             return Place(rows, audit if audit.is_file() else None, built)
     raise DataError(
         "there is no selection",
