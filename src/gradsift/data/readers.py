@@ -157,7 +157,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _read_csv(path: Path, body: bytes) -> Lines:
-    """Read a CSV with a header; all values are strings. Rows the header does not fit are problems, not errors."""
+    """Read a CSV with a header; all values are strings. Rows the header does not fit are problems, not errors.
+
+    A quote that opens and does not close as it should in a later line is an error: which of the lines are rows is not known.
+    """
     text = body.decode("utf-8", "surrogateescape")
     taken: list[str] = []
 
@@ -173,22 +176,45 @@ def _read_csv(path: Path, body: bytes) -> Lines:
         header = _csv_header(path, reader)
         lines = Spool()
         problems: dict[int, str] = {}
+        torn: list[str] = []
         while True:
             taken.clear()
             try:
                 cells = next(reader)
             except StopIteration:
-                return Lines(lines.seal(), problems)
+                break
             except csv.Error as error:
                 cells, problem = None, f"the CSV row cannot be read: {error}"
+                if len(taken) > 1:
+                    torn.append(_span(reader.line_num, len(taken)))
             else:
                 problem = _csv_problem(cells, header)
+                if problem and len(taken) > 1:
+                    problem += f", and spans lines {_span(reader.line_num, len(taken))}"
             raw = "".join(taken).removesuffix("\n").removesuffix("\r").encode("utf-8", "surrogateescape")
             if problem:
                 problems[len(lines)] = problem
             lines.append(raw if problem or not cells else to_line(dict(zip(header, cells, strict=True))))
     finally:
         csv.field_size_limit(limit)
+    if torn:
+        raise _torn(path, torn)
+    return Lines(lines.seal(), problems)
+
+
+def _span(last: int, count: int) -> str:
+    return f"{last - count + 1} to {last}"
+
+
+def _torn(path: Path, spans: list[str]) -> DataError:
+    named, more = ", ".join(spans[:3]), len(spans) - 3
+    return DataError(
+        "a quote of the CSV file does not close as it should, so that its rows cannot be told apart",
+        where=str(path),
+        got=f"a cell with an open quote from line {named}" + (f" and {more} more" if more > 0 else ""),
+        expected='a closing quote, and every quote inside such a cell doubled ("")',
+        do="correct the line where it opens, or write the rows as JSON Lines",
+    )
 
 
 def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:

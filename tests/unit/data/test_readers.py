@@ -228,7 +228,7 @@ def test_csv_cells_are_strings_of_equal_value(tmp_path_factory, rows, ending):
 def test_csv_bad_rows_are_rows(tmp_path):
     path = tmp_path / "a.csv"
     big = b"y" * 200_000
-    body = [b"text,k", b"a,1", b"b", b"c,1,2", b'"x"y,3', b"\xff,4", b"n\x00,5", b"", big + b",6", b'"open,7', b"d,8"]
+    body = [b"text,k", b"a,1", b"b", b"c,1,2", b'"x"y,3', b"\xff,4", b"n\x00,5", b"", big + b",6", b'"m\nn\no"', b"d,8"]
     path.write_bytes(b"\n".join(body) + b"\n")
     found = [(p.value or {}).get("k") or p.problem or p.blank for p in open_source(str(path)).rows.parsed()]
     assert found[0] == "1"
@@ -236,10 +236,29 @@ def test_csv_bad_rows_are_rows(tmp_path):
     assert "cannot be read" in found[3]
     assert found[4:7] == ["the row is not UTF-8", "the row holds a NUL byte", True]
     assert found[7] == "6"
-    assert "cannot be read" in found[8]  # the open quote reaches to the end of the file, and says so
-    assert len(found) == 9
+    assert found[8] == "the row has 1 cells, the header 2, and spans lines 10 to 12"
+    assert found[9:] == ["8"]
     assert lines(path)[4] == b"\xff,4"
-    assert lines(path)[8] == b'"open,7\nd,8'
+    assert lines(path)[8] == b'"m\nn\no"'
+
+
+@pytest.mark.parametrize(
+    ("rows", "torn"),
+    [
+        (['"open,0', *(f"r{n},{n}" for n in range(998))], "line 2 to 1000"),  # to the end of the file
+        (["a,0", '"open,1', "b,2", '"c",3', "d,4"], "line 3 to 5"),  # to the next quote
+        (['"open,0', '"c",1'] * 9, "line 2 to 3, 4 to 5, 6 to 7 and 6 more"),
+        (['x","y'] * 50_000, "line 2 to 50001"),
+    ],
+)
+def test_a_quote_that_is_never_closed_is_refused_and_loses_no_row(tmp_path, rows, torn):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,k", *rows]) + "\n")
+    with pytest.raises(DataError, match="quote") as raised:
+        open_source(str(path))
+    assert raised.value.where == str(path)
+    assert raised.value.got == f"a cell with an open quote from {torn}"
+    assert raised.value.do
 
 
 @pytest.mark.parametrize("body", [b"", b"\n", b"a,a\n1,2\n", b"\xff,b\n1,2\n", b'"a\n'])
