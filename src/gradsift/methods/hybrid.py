@@ -9,14 +9,16 @@ Algorithm:
     3  K clusters of unit sketches; per cluster at most ceil(1.5 B / K) of its rows, those of largest d_i
     4  take the rows of largest d_i within the budget B
 
-B counts rows or trained tokens, as the budget does; under a token budget a cluster's share is filled in rank order like
-the budget itself. When caps and conflict leave fewer than B, fewer are returned: nothing is filled.
+B counts rows or trained tokens, as the budget does. Rows may be longer than a share of a token budget: a cluster then
+gives rows in rank order until they reach its share, the one that reaches it included, and rows longer than the budget use
+up no share. When caps and conflict leave fewer than B, fewer are returned: nothing is filled.
 
 Departures from the paper: the paper learns which cluster to draw from; this is a fixed rule. The quantile is relative,
 because absolute cosines are small in high dimension. Dots are clipped at the 99th percentile of the norms, so that a
 few large gradients do not decide.
 
-Departures from released code: no official code was found. The margin at the cut covers steps 1, 3 and 4 for the
+Departures from released code: no official code was found. Departures from our specification: its cap counts rows; in
+tokens a cluster may exceed it by less than the row that reaches it. The margin at the cut covers steps 1, 3 and 4 for the
 clusters that were found; it does not cover the fit of the clusters.
 """
 
@@ -44,6 +46,7 @@ from gradsift.methods.base import (
     take_ranked,
 )
 from gradsift.methods.conflict import Kept, Share, drop_worst, threshold_note
+from gradsift.methods.taking import take_until
 from gradsift.seeds import Stream
 from gradsift.types import Budget, Problem, Selection
 
@@ -80,29 +83,35 @@ def clipped_gain(problem: Problem) -> Gain:
     return Gain(length * cos, bound)
 
 
-def cap_clusters(problem: Problem, gain: Gain, kept: Kept, clusters: Clusters, cap: Allowance) -> Kept:
-    """Keep the best rows of each cluster.
+def cap_clusters(
+    problem: Problem, gain: Gain, kept: Kept, clusters: Clusters, allowance: Allowance, cap: Allowance
+) -> Kept:
+    """Keep the best rows of each cluster until they reach its share; rows longer than the budget stay, and use none of it.
 
     Args:
         problem: the eligible rows.
         gain: what rows are ranked by.
         kept: rows that are still in.
         clusters: the groups.
+        allowance: the budget.
         cap: rows or trained tokens per cluster.
 
     Returns:
         The rows that remain, unsure ones and every row dropped so far.
     """
-    rows, unsure = np.zeros(problem.size, dtype=bool), np.zeros(problem.size, dtype=bool)
+    cost = cap.cost(problem)
+    fits = cost <= allowance.amount
+    rows, unsure = kept.rows & ~fits, np.zeros(problem.size, dtype=bool)
     dropped = dict(kept.dropped)
     for number in range(len(clusters.sizes)):
-        inside = clusters.labels == number
-        taken = take_ranked(
-            problem, gain.value, cap, candidates=kept.rows & inside, unsure=kept.unsure & inside, bound=gain.bound
+        inside = (clusters.labels == number) & fits
+        candidates = kept.rows & inside
+        taken = take_until(
+            gain.value, cost, cap.amount, candidates=candidates, unsure=kept.unsure & inside, bound=gain.bound
         )
-        rows[taken.chosen] = True
+        rows[taken.rows] = True
         unsure[taken.undecided] = True
-        for row in taken.order[~rows[taken.order]]:
+        for row in np.flatnonzero(candidates & ~rows):
             dropped[int(row)] = ("dropped:cluster_cap", f"cluster {number} already gives its share of {cap}")
     return Kept(rows, unsure, dropped)
 
@@ -154,7 +163,8 @@ class Hybrid:
         clusters = spherical_kmeans(
             problem.sketch, stream.child("clusters"), ids=problem.ids, num_clusters=self.num_clusters
         )
-        capped = cap_clusters(problem, gain, low, clusters, self._cap(allowance, len(clusters.sizes)))
+        cap = self._cap(allowance, len(clusters.sizes))
+        capped = cap_clusters(problem, gain, low, clusters, allowance, cap)
         taken = take_ranked(
             problem, gain.value, allowance, candidates=capped.rows, unsure=capped.unsure, bound=gain.bound
         )

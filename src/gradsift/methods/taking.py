@@ -152,6 +152,19 @@ class Taken:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """Rows taken in rank order until they reach an amount.
+
+    Args:
+        rows: int64 [k] row indices in rank order.
+        undecided: int64 [u] the undecided rows, rising.
+    """
+
+    rows: Int[np.ndarray, " k"]
+    undecided: Int[np.ndarray, " u"]
+
+
+@dataclass(frozen=True)
 class _Stop:
     """A place in the walk where a row did not fit, so that scores decided.
 
@@ -213,13 +226,53 @@ def take_ranked(
     margin = min((stop.gap for stop in stops), default=0.0)
     undecided = _undecided(values, stops, 4 * bound)
     if len(maybe):
-        moved = _undecided_by_candidacy(values, pool, maybe, cost, allowance.amount, 4 * bound)
+        if (cost != 1).any():  # tokens: what fills the rest after a change is not followed
+            moved = maybe[cost[maybe] <= allowance.amount]
+        else:
+            moved = _undecided_by_candidacy(values, pool, maybe, cost, allowance.amount, 4 * bound)
         undecided = np.union1d(undecided, moved)
         margin = 0.0 if np.isin(maybe, moved).any() else margin
     taken = np.isin(order, walk.chosen)
     reached = int(np.flatnonzero(taken).max(initial=-1)) + 1
     cut = Cut(float(margin), 4 * bound, tuple(problem.ids[i] for i in undecided))
     return Taken(walk.chosen, order, order[:reached][~taken[:reached]], cut, undecided)
+
+
+def take_until(
+    score: Float[np.ndarray, " N"],
+    cost: Int[np.ndarray, " N"],
+    amount: int,
+    *,
+    candidates: Bool[np.ndarray, " N"],
+    unsure: Bool[np.ndarray, " N"],
+    bound: float,
+) -> Reached:
+    """Take candidates by falling score until their costs reach an amount; the row that reaches it is taken too.
+
+    The score at which the amount is reached is a quantile weighted by cost, so it moves no further than the scores do.
+
+    Args:
+        score: float64 [N], higher first; must be finite on the candidates and the unsure rows.
+        cost: int64 [N] >= 1.
+        amount: at least 1; all candidates are taken where they do not reach it.
+        candidates: bool [N], rows that may be taken.
+        unsure: bool [N], rows whose candidacy the measurement does not settle, whichever way it went here.
+        bound: how far one score may move when the signals are measured again.
+
+    Returns:
+        The rows taken, and those that another measurement could move; near-ties at the edge are settled by id.
+    """
+    pool, maybe, reach = np.flatnonzero(candidates), np.flatnonzero(unsure), 4 * bound
+    edge = _cut_score(score, pool, cost, amount)
+    order = _settle_by_id(_by_score(score, pool), score, edge, 2 * bound)
+    rows = order[: int(np.searchsorted(np.cumsum(cost[order]), amount)) + 1]
+    undecided = pool[:0]
+    if reach > 0 and np.isfinite(edge):
+        close = pool[np.abs(score[pool] - edge) <= reach]
+        before = int(cost[pool[score[pool] > edge + reach]].sum())
+        if before + cost[close].sum() - cost[close].min() >= amount:  # otherwise all of them are taken in any order
+            undecided = close
+    return Reached(rows, np.union1d(undecided, _undecided_by_candidacy(score, pool, maybe, cost, amount, reach)))
 
 
 def _refuse_nonfinite(problem: Problem, values: Float[np.ndarray, " N"], rows: Int[np.ndarray, " n"]) -> None:
@@ -286,21 +339,24 @@ def _undecided_by_candidacy(
 ) -> Int[np.ndarray, " u"]:
     """Rows that change sides when any of the unsure rows become candidates or cease to be.
 
-    The cut then lies anywhere between its place without and with all of them.
+    The cut, where the best candidates reach the amount, then lies anywhere between its place without and with all of them.
     """
     everyone = np.union1d(pool, maybe)
-    if (cost != 1).any():  # tokens: what fills the rest after a change is not followed
-        return maybe[cost[maybe] <= amount]
-    low = _cut_score(values, np.setdiff1d(pool, maybe), amount)
+    low = _cut_score(values, np.setdiff1d(pool, maybe), cost, amount)
     if not (values[maybe] >= low - reach).any():
         return maybe[:0]
-    high = _cut_score(values, everyone, amount)
+    high = _cut_score(values, everyone, cost, amount)
     between = everyone[(values[everyone] >= low - reach) & (values[everyone] <= high + reach)]
     return np.union1d(between, maybe[values[maybe] >= low - reach])
 
 
-def _cut_score(values: Float[np.ndarray, " N"], rows: Int[np.ndarray, " n"], k: int) -> float:
-    return -np.inf if len(rows) < k else float(np.sort(values[rows])[len(rows) - k])
+def _cut_score(
+    values: Float[np.ndarray, " N"], rows: Int[np.ndarray, " n"], cost: Int[np.ndarray, " N"], amount: int
+) -> float:
+    """Score of the row at which the best ones reach the amount; minus infinity where all do not."""
+    order = _by_score(values, rows)
+    at = int(np.searchsorted(np.cumsum(cost[order]), amount))
+    return float(values[order[at]]) if at < len(order) else -np.inf
 
 
 def shortage_note(problem: Problem, allowance: Allowance, taken: Taken) -> tuple[Note, ...]:
@@ -312,9 +368,11 @@ def shortage_note(problem: Problem, allowance: Allowance, taken: Taken) -> tuple
         taken: what was taken out of the candidates.
 
     Returns:
-        The allowance's own notes, and one more when the candidates ran out before the eligible rows did.
+        The allowance's own notes, and one more when the candidates ran out before the eligible rows did. Rows longer than
+        the budget count on neither side.
     """
     cost = allowance.cost(problem)
+    cost = np.where(cost <= allowance.amount, cost, 0)
     reachable = min(allowance.amount, int(cost.sum()))
     available = int(cost[taken.order].sum())
     if available >= reachable:

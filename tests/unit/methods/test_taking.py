@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.errors import BudgetError, NumericsError
-from gradsift.methods.taking import Allowance, resolve_budget, shortage_note, take_ranked
+from gradsift.methods.taking import Allowance, resolve_budget, shortage_note, take_ranked, take_until
 from gradsift.types import Budget, Problem
 
 
@@ -72,6 +72,42 @@ def test_what_is_not_undecided_does_not_move(seed, tokens, with_unsure):
             assert not moved
         if not tokens:
             assert moved <= set(first.cut.undecided)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(pool=pools, amount=st.integers(1, 60))
+def test_an_amount_is_reached_by_whole_rows_in_rank_order(pool, amount):
+    score, cost = np.array([float(s) for s, _ in pool]), np.array([c for _, c in pool])
+    every = np.ones(len(pool), dtype=bool)
+    reached = take_until(score, cost, amount, candidates=every, unsure=~every, bound=0.0)
+    expected = []
+    for row in sorted(range(len(pool)), key=lambda i: (-score[i], i)):
+        if sum(cost[expected]) < amount:
+            expected.append(row)
+    assert sorted(reached.rows) == sorted(expected)
+    assert len(reached.undecided) == 0
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32 - 1), tokens=st.booleans(), with_unsure=st.booleans())
+def test_what_is_not_undecided_when_an_amount_is_reached_does_not_move(seed, tokens, with_unsure):
+    rng = np.random.default_rng(seed)
+    n, bound = int(rng.integers(2, 14)), 0.5
+    cost = rng.integers(1, 9, size=n) if tokens else np.ones(n, dtype=np.int64)
+    score = rng.integers(0, 60, size=n) * bound / 2
+    candidates = rng.random(n) < 0.8
+    unsure = rng.random(n) < 0.15 if with_unsure else np.zeros(n, dtype=bool)
+    amount = int(rng.integers(1, cost.sum() + 2))
+    first = take_until(score, cost, amount, candidates=candidates, unsure=unsure, bound=bound)
+    if not tokens and not with_unsure:  # rows of one length: what take_ranked says
+        taken = take_ranked(problem(cost), score, Allowance(amount, None), candidates=candidates, bound=bound)
+        assert set(first.rows) == set(taken.chosen)
+        assert set(first.undecided) == set(taken.undecided)
+    for _ in range(4):
+        moved_score = score + bound * rng.choice([-0.999, 0.999, 0.0], size=n)
+        moved_candidates = np.where(unsure, rng.random(n) < 0.5, candidates)
+        second = take_until(moved_score, cost, amount, candidates=moved_candidates, unsure=unsure, bound=bound)
+        assert set(first.rows) ^ set(second.rows) <= set(first.undecided)
 
 
 def test_a_wide_margin_leaves_nothing_undecided_and_a_narrow_one_is_settled_by_id():
