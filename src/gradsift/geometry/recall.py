@@ -12,6 +12,11 @@ from jaxtyping import Bool, Float, Int
 from gradsift.seeds import Stream
 
 NUM_LEVELS = 5  # 0: never recalled; i: recall in ((i - 1)/4, i/4]
+# Beginnings of the Unicode names of letters that words are not told apart by: no spaces, or, in Korean, endings written on.
+UNSPACED = (
+    "CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "HANGUL ", "THAI ", "LAO ", "KHMER ", "MYANMAR ",
+)  # fmt: skip
+MARKS = ("Mn", "Mc")
 
 
 def recall_level(count: int, total: int) -> int:
@@ -68,14 +73,17 @@ def fold(text: str) -> str:
         text: any text.
 
     Returns:
-        The text to compare.
+        The text to compare; Korean syllables are whole.
     """
     apart = unicodedata.normalize("NFKD", text).casefold()
-    return "".join(c for c in unicodedata.normalize("NFKD", apart) if not unicodedata.combining(c))
+    bare = "".join(c for c in unicodedata.normalize("NFKD", apart) if not unicodedata.combining(c))
+    return unicodedata.normalize("NFC", bare)
 
 
 def recalls(output: str, names: Sequence[str]) -> bool:
     """Tell whether an output holds an object or one of its aliases, on word boundaries (ours; the paper asks for any hit).
+
+    Scripts without spaces between words have no such boundaries, and any whole letters count there.
 
     Args:
         output: what a model wrote.
@@ -86,7 +94,23 @@ def recalls(output: str, names: Sequence[str]) -> bool:
     """
     where = fold(output)
     folded = [fold(name).strip() for name in names]
-    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", where) for name in folded if name)
+    return any(_stands(where, name) for name in folded if name)
+
+
+def _stands(text: str, name: str) -> bool:
+    starts = (match.start() for match in re.finditer(f"(?={re.escape(name)})", text))
+    for start in starts:
+        before, after = text[:start][-1:], text[start + len(name) :][:1]
+        cut_letter = after != "" and unicodedata.category(after) in MARKS
+        if not (cut_letter or _one_word(before, name[0]) or _one_word(after, name[-1])):
+            return True
+    return False
+
+
+def _one_word(outside: str, inside: str) -> bool:
+    """Whether a neighboring character goes on with the word; a mark is a part of its word."""
+    in_word = outside != "" and (outside.isalnum() or outside == "_" or unicodedata.category(outside) in MARKS)
+    return in_word and not any(unicodedata.name(c, "").startswith(UNSPACED) for c in (outside, inside))
 
 
 def balanced_places(

@@ -12,9 +12,9 @@ The counts are measured apart, by 210 short generations of the pre-trained model
 ``gradsift.geometry.recall.recalls`` says what counts as a hit.
 
 Departures from the paper: level 2 by default, since the two papers disagree about the best and the middle is the safer
-one; hits are on word boundaries, with case and accents folded; the draw is balanced over relations; every recall has a
-Wilson 95% interval, and facts whose interval spans three levels are counted; rows whose prompt holds the object are left
-out; level 0 is refused unless asked for twice.
+one; hits are on word boundaries, with case and accents folded, but anywhere in scripts without spaces and in Korean, whose
+words carry endings; the draw is balanced over relations; every recall has a Wilson 95% interval, and facts whose interval
+spans three levels are counted; rows whose prompt holds the object are left out; level 0 is refused unless asked for twice.
 
 Departures from released code: none was found. Departures from our specification: the cheap stand-in by paraphrases is not
 built; aliases and near misses are the business of whoever counts the hits; two spellings of one fact are not merged.

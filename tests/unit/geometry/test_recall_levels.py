@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from fractions import Fraction
 
@@ -55,6 +56,46 @@ def test_golden_matches():
     assert recalls("la ville lumi\u00e8re", ["Paris", "ville lumiere"])
     assert not recalls("anything", ["", "  "])
     assert recalls("in C++ of course", ["C++"])
+
+
+@pytest.mark.parametrize(
+    ("output", "name", "held"),
+    [
+        ("我在北京工作", "北京", True),
+        ("中国的首都北京在哪个国家？", "北京", True),
+        ("東京に住んでいます", "東京", True),
+        ("カナダから来た", "カナダ", True),
+        ("서울에서 왔어요", "서울", True),
+        ("한국", "하", False),  # a part of a syllable
+        ("ฉันอยู่ที่กรุงเทพมหานคร", "กรุงเทพ", True),
+        ("ในปารีสมี", "ปารีส", True),
+        ("กิน", "ก", False),  # a letter without its vowel sign
+        ("我爱Paris和London", "Paris", True),
+        ("我爱Parisian食物", "Paris", False),
+        ("iPhone手机很好", "手机", True),
+        ("它有11月", "1月", False),
+        ("रामायण पढ़ो", "राम", False),
+        ("यह राम है", "राम", True),
+        ("सीताराम", "राम", False),
+        ("சென்னைக்கு", "சென்னை", False),
+        ("சென்னை நகரம்", "சென்னை", True),
+    ],
+)
+def test_words_end_where_their_script_ends_them(output, name, held):
+    assert recalls(output, [name]) is held
+
+
+@given(text=st.text("ab1_ .\u00e9", max_size=12), name=st.text("ab1_.\u00e9", min_size=1, max_size=3))
+@settings(derandomize=True, database=None)
+def test_scripts_with_spaces_have_word_boundaries(text, name):
+    where, word = (re.sub("\u00e9", "e", s) for s in (text, name))
+    assert recalls(text, [name]) == bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", where))
+
+
+@given(text=st.text("北京人工a ", max_size=12), name=st.text("北京人工", min_size=1, max_size=3))
+@settings(derandomize=True, database=None)
+def test_scripts_without_spaces_have_none(text, name):
+    assert recalls(text, [name]) == (name in text)
 
 
 @given(text=st.text(max_size=20), names=st.lists(st.text(min_size=1, max_size=5), max_size=3), more=st.text(max_size=5))
