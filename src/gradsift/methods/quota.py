@@ -97,6 +97,7 @@ def select_by_quota(
     taken = take_ranked(problem, -turn, allowance, candidates=candidates)
     refuse_empty(problem, method, taken.chosen, taken.order)
     tokens = allowance.tokens is not None
+    everything = len(taken.chosen) == len(taken.order) and not any(group.unsure.any() for group in groups)
     return build_selection(
         problem,
         method,
@@ -106,7 +107,7 @@ def select_by_quota(
         score=score,
         order=taken.order,
         skipped=taken.skipped,
-        cut=NO_CUT if len(taken.chosen) == len(taken.order) else _cut(problem, groups, taken, tokens=tokens),
+        cut=NO_CUT if everything else _cut(problem, groups, taken, tokens=tokens),
         kept=kept,
         why_kept=why_kept,
         dropped=reasons,
@@ -119,20 +120,28 @@ def _cut(problem: Problem, groups: Sequence[Group], taken: Taken, *, tokens: boo
 
     Under a token budget every row may decide what fits after it, so that all neighbors within a group count.
     """
-    chosen = set(taken.chosen.tolist())
+    chosen = np.isin(np.arange(problem.size), taken.chosen)
     margin, bound, undecided = np.inf, 4 * max(group.bound for group in groups), []
-    for group in groups:
+    counts = [int(chosen[group.rows].sum()) for group in groups]
+    unsure = sum(int(group.unsure.sum()) for group in groups)
+    # What a group that is used up gives depends on how many candidates it has, and the others fill what it leaves.
+    swings = any(
+        group.unsure.any() and count + unsure >= (group.candidates & ~group.unsure).sum()
+        for group, count in zip(groups, counts, strict=True)
+    )
+    for group, count in zip(groups, counts, strict=True):
         order = group.order
         values = group.value[order]
-        count = sum(int(i) in chosen for i in group.rows[order])
+        others = unsure - int(group.unsure.sum()) if swings else 0
         gaps = values[:-1] - values[1:]
         if tokens:
             near = np.flatnonzero(gaps <= 4 * group.bound)
             margin = min(margin, float(gaps.min()) if len(gaps) else np.inf)
-            open_rows = order[np.union1d(near, near + 1)] if len(near) else order[:0]
-        elif count < len(order) or group.unsure.any():
+            close = order[np.union1d(near, near + 1)] if len(near) else order[:0]
+            open_rows = np.union1d(close, np.flatnonzero(group.unsure))
+        elif count < len(order) or group.unsure.any() or others:
             margin = min(margin, float(gaps[count - 1]) if 0 < count < len(order) else np.inf)
-            open_rows = _open(group, count)
+            open_rows = _open(group, count, others)
         else:
             open_rows = order[:0]
         if group.unsure.any():
@@ -142,21 +151,30 @@ def _cut(problem: Problem, groups: Sequence[Group], taken: Taken, *, tokens: boo
     return Cut(margin, bound, tuple(problem.ids[i] for i in sorted(undecided)) if bound > 0 else ())
 
 
-def _open(group: Group, count: int) -> Int[np.ndarray, " u"]:
-    """Places of the rows of a group that could trade sides when its best ``count`` are taken."""
-    order = group.order
-    if count == 0 or group.bound == 0:
-        return order[:0]
-    values, reach = group.value[order], 4 * group.bound
-    high = values[count] if count < len(order) else -np.inf
-    inside = np.arange(len(order)) < count
-    close = np.where(inside, values - high <= reach, values[count - 1] - values <= reach)
-    unsure = np.flatnonzero(group.unsure & (group.value >= values[count - 1] - reach))
-    if unsure.size:  # a row that comes in pushes another out, and one that goes makes room
-        close |= np.abs(values - values[count - 1]) <= reach
-        shift = len(unsure)
-        close[max(0, count - shift) : count + shift] = True
-    return np.union1d(order[close], unsure)
+def _open(group: Group, count: int, others: int) -> Int[np.ndarray, " u"]:
+    """Places of the rows of a group that could trade sides when its best ``count`` are taken.
+
+    Other groups may leave up to ``others`` rows more or fewer to this one.
+    """
+    if group.bound == 0 or count + others == 0:
+        return group.order[:0]
+    value, reach = group.value, 4 * group.bound
+    pool, everyone = np.flatnonzero(group.candidates), np.flatnonzero(group.candidates | group.unsure)
+    low = _nth(value[group.candidates & ~group.unsure], count + others) - reach
+    maybe = np.flatnonzero(group.unsure & (value >= low))
+    if others or maybe.size:
+        high = _nth(value[everyone], count - others) + reach
+        return np.union1d(maybe, everyone[(value[everyone] >= low) & (value[everyone] <= high)])
+    inside = np.isin(pool, group.order[:count])
+    first_out, last_in = _nth(value[pool], count + 1), _nth(value[pool], count)
+    return pool[np.where(inside, value[pool] - first_out <= reach, last_in - value[pool] <= reach)]
+
+
+def _nth(values: Float[np.ndarray, " n"], n: int) -> float:
+    """The n-th largest; infinity before the first and minus infinity behind the last."""
+    if n < 1:
+        return np.inf
+    return float(np.sort(values)[len(values) - n]) if n <= len(values) else -np.inf
 
 
 def _quota_note(groups: Sequence[Group], taken: Taken) -> tuple[Note, ...]:

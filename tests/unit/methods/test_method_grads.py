@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gradsift.errors import NumericsError, SignalError
 from gradsift.geometry.density import combine_norms, kernel_density
 from gradsift.methods import make_method
+from gradsift.methods.audit import NO_CUT
 from gradsift.seeds import stream
 from gradsift.types import Budget, Noise, Problem
 from planted import planted_world
@@ -154,6 +155,44 @@ def test_another_measurement_changes_undecided_rows_only(rule, how, seed, rows, 
         again = choose(replace(some, emb_grad_norm=emb * jitter[0], head_grad_norm=head * jitter[1]), Budget(rows=rows),
                        combine=how, rule=rule)  # fmt: skip
         assert set(first.ids) ^ set(again.ids) <= set(first.cut.undecided)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 60),
+    sources=st.integers(1, 3),
+    near=st.integers(2, 8),
+    equal=st.booleans(),
+)
+def test_rows_at_the_median_are_undecided_whatever_the_budget_leaves(seed, rows, sources, near, equal):
+    rng, relative, each = np.random.default_rng(seed), 1e-3, 60 // sources
+    head = np.exp(rng.normal(size=60))
+    labels = [f"s{i % sources}" for i in range(60)]
+    for label in set(labels):  # some rows of every source lie within the noise of its median
+        inside = np.array([i for i in range(60) if labels[i] == label])
+        ranked = inside[np.argsort(head[inside])]
+        middle = ranked[each // 2 - near // 2 : each // 2 + (near + 1) // 2]
+        shift = np.zeros(len(middle)) if equal else rng.uniform(-1, 1, size=len(middle))
+        head[middle] = np.median(head[inside]) * (1 + relative * shift)
+    some, config = problem(np.ones(60), head, labels, relative), {"combine": "lm_only", "rule": "upper_density"}
+    first = choose(some, Budget(rows=rows), **config)
+    for _ in range(3):
+        jitter = 1 + relative * rng.choice([-0.999, -0.5, 0, 0.5, 0.999], size=60)
+        again = choose(replace(some, head_grad_norm=head * jitter), Budget(rows=rows), **config)
+        assert set(first.ids) ^ set(again.ids) <= set(first.cut.undecided)
+
+
+def test_a_budget_for_all_that_lies_above_the_median_has_a_cut_there():
+    head = np.exp(np.linspace(-1, 1, 40))
+    head[19], head[20] = 1.0001, 1.0002
+    for budget in (Budget(rows=20), Budget(percent=100.0), Budget(tokens=150)):
+        found = choose(problem(np.ones(40), head, noise=1e-3), budget, combine="lm_only", rule="upper_density")
+        assert {"r019", "r020"} <= set(found.cut.undecided)
+        assert found.cut.margin == 0 < found.cut.bound
+    far = choose(problem(np.ones(40), np.exp(np.linspace(-1, 1, 40)), noise=1e-6), Budget(rows=20), combine="lm_only",
+                 rule="upper_density")  # fmt: skip
+    assert far.cut == NO_CUT
 
 
 def test_the_undecided_rows_are_few_where_the_measurement_is_good():
