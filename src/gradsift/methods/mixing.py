@@ -218,7 +218,7 @@ def _shortfalls(
     """Say which domains gave all they have and less than their share of what was taken."""
     have = np.bincount(dealt.domains.of_row, weights=cost, minlength=len(weights))
     found = mixture_counts(weights, have.astype(np.int64), round(float(got.sum())))
-    out = [d for d in found.exhausted if got[d] >= have[d]]
+    out = [d for d in found.exhausted if have[d] <= got[d] < found.planned[d]]
     if not out:
         return []
     unit = "rows" if (cost == 1).all() else "trained tokens"

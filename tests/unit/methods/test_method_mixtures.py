@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradsift.errors import ConfigError, DataError, NumericsError, SignalError
+from gradsift.geometry.mixture import largest_remainder
 from gradsift.geometry.reweight import token_excess
 from gradsift.geometry.round_record import plain, read_round
 from gradsift.geometry.trajectory import Domains, Feedback, Plan, Round, State, Trajectory, play
@@ -16,7 +19,7 @@ from gradsift.methods import make_method
 from gradsift.methods.dids import Dids
 from gradsift.methods.doge import Doge
 from gradsift.methods.doremi import Doremi
-from gradsift.methods.mixing import make_domains
+from gradsift.methods.mixing import make_domains, select_by_mixture
 from gradsift.seeds import stream
 from gradsift.types import Budget
 from planted import planted_world, problem_from_rows
@@ -275,6 +278,42 @@ def test_a_domain_that_runs_out_is_counted():
     assert note.count == 16
     assert "a (4 of 20)" in note.text
     assert len(selection.ids) == 40
+
+
+def draw_by(weights, sizes, rows):
+    """Chosen rows per domain, and the note about domains that ran out, if any."""
+    labels = np.repeat([f"s{k}" for k in range(len(sizes))], sizes)
+    problem = problem_from_rows(
+        [replace(row, source=str(label)) for row, label in zip(WORLD.rows, labels, strict=False)],
+        WORLD.anchors,
+        WORLD.target,
+    )
+    dealt = make_domains(problem, "source", stream=stream(0, "c"))
+    selection = select_by_mixture(problem, Doge(), Budget(rows=rows), stream(0, "s"), dealt=dealt,
+                                  weights=np.array(weights), notes=[], details={})  # fmt: skip
+    took = [sum(problem.sources[problem.ids.index(i)] == name for i in selection.ids) for name in dealt.domains.names]
+    return took, next((n for n in selection.notes if n.code == "domain_exhausted"), None)
+
+
+def test_a_domain_that_gave_more_than_its_share_did_not_run_out():
+    took, note = draw_by([0.8, 0.1, 0.1], [2, 3, 20], 15)
+    assert took == [2, 3, 10]  # of 12, 2 and 1
+    assert note.text.startswith("s0 (2 of 12) ran out: 10 rows of their share")
+    assert note.count == 10
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=2, max_size=5),
+    rows=st.integers(1, 40),
+)
+def test_what_ran_out_is_what_the_mixture_lacks(parts, rows):
+    weights, sizes = np.array([w for w, _ in parts]), [n for _, n in parts]
+    rows = min(rows, sum(sizes))
+    took, note = draw_by(weights / weights.sum(), sizes, rows)
+    lacking = np.maximum(0, largest_remainder(weights / weights.sum(), rows) - took)
+    short = lacking[np.array(took) == sizes].sum()
+    assert (0 if note is None else note.count) == short
 
 
 def test_one_label_is_no_mixture_and_small_domains_are_said_or_merged():
