@@ -16,7 +16,8 @@ def certify(program: Program, solution: DualSolution, whole: WholeChoice) -> Cer
 
     Under a token budget that is to be used up, the last tokens may cost gain (a threshold below 0). A whole choice
     leaves some unused and may so beat the fractional one; then bound and optimum are stated for any choice of at least
-    the tokens used, which adds -threshold per token left (the optimum is concave in the budget).
+    the tokens used, which adds -threshold per token left (the optimum is concave in the budget). Gaps are shares of the
+    bound, or of the largest gain of a row where the bound is less than that.
 
     Args:
         program: the program with the allowances asked for.
@@ -30,7 +31,7 @@ def certify(program: Program, solution: DualSolution, whole: WholeChoice) -> Cer
     bonus = max(0.0, -solution.threshold) * (program.total - used) if program.fill == "full" else 0.0
     lp_value = max(solution.lp_value + bonus, whole.value)  # equal up to the rounding of sums when no row is split
     upper = max(solution.upper_bound + bonus, lp_value)
-    size = max(abs(upper), np.finfo(float).tiny)
+    size = max(abs(upper), program.gain_size)
     unit = "rows" if program.by_rows else "trained tokens"
     fill = f"{int(whole.chosen.sum())} rows use {used:g} of {program.total:g} {unit}"
     fill += f"; {solution.num_fractional} split by the fractional optimum, {whole.num_swaps} swaps"

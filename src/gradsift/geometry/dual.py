@@ -37,7 +37,7 @@ class DualSolution:
         threshold: score / cost at the cut under these prices.
         upper_bound: least dual value found; no choice within the constraints gains more.
         lp_value: gain of ``w``.
-        gap_lp: (upper_bound - lp_value) / max(|upper_bound|, tiny).
+        gap_lp: (upper_bound - lp_value) / max(|upper_bound|, largest gain of a row).
         num_fractional: entries of ``w`` strictly between 0 and 1.
         iterations: prices tried.
         slack: float64 [M] of ``w``.
@@ -116,7 +116,8 @@ def solve_dual(program: Program) -> DualSolution:
 def _scale(program: Program) -> tuple[Program, float]:
     """Divide gains by their spread and every anchor by its unit."""
     spread = float(program.gain.std())
-    unit = spread if spread > 0 else float(np.abs(program.gain).max()) or 1.0
+    # Equal gains have a spread of rounding errors, by which nothing can be divided.
+    unit = spread if spread > 1e-12 * program.gain_size else program.gain_size
     scaled = dataclasses.replace(
         program,
         gain=program.gain / unit,
@@ -140,7 +141,7 @@ def _finish(program: Program, search: _Search, gain_unit: float, w: Float[np.nda
         threshold=program.threshold(score, response),
         upper_bound=bound,
         lp_value=value,
-        gap_lp=(bound - value) / max(abs(bound), np.finfo(float).tiny),
+        gap_lp=(bound - value) / max(abs(bound), program.gain_size),
         num_fractional=int(((w > WHOLE) & (w < 1 - WHOLE)).sum()),
         iterations=search.iterations,
         slack=program.slack(w),

@@ -57,6 +57,11 @@ class Program:
         return np.sqrt(num_rows) * spread
 
     @cached_property
+    def gain_size(self) -> float:
+        """Size of the largest gain of a row, > 0; what numbers in units of gain are measured by where they cancel."""
+        return max(float(np.abs(self.gain).max()), float(np.finfo(float).tiny))
+
+    @cached_property
     def tolerance(self) -> Float[np.ndarray, " M"]:
         """How far below zero a slack may lie by rounding of sums; float64 [M]."""
         return 1e-9 * self.units

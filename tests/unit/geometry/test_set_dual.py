@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from gradsift.errors import NumericsError
+from gradsift.geometry.certify import certify
 from gradsift.geometry.dual import solve_dual
 from gradsift.geometry.feasible import NoChoiceError
 from gradsift.geometry.program import Program, set_program
+from gradsift.geometry.rounding import round_whole
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -229,3 +231,30 @@ def test_the_vertex_is_exact_even_from_poor_prices(monkeypatch):
     assert solution.lp_value == pytest.approx(-reference(program).fun, rel=1e-9)
     assert solution.num_fractional == 5
     assert solution.iterations < 20
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.floats(1e-6, 1e6), m=st.integers(1, 2), tokens=st.booleans())
+def test_equal_gains_have_no_spread_to_divide_by(seed, size, m, tokens):
+    rng = np.random.default_rng(seed)
+    gain = np.full(50, size)  # np.std of these is often a last bit, not 0
+    budget = {"cost": np.full(50, 10.0), "total_cost": 105.0} if tokens else {"rows": 10}
+    program = set_program(gain, rng.normal(size=(50, m)) - 0.1, np.zeros(m), **budget)
+    try:
+        solution = solve_dual(program)
+    except NoChoiceError:
+        return
+    assert solution.lp_value == pytest.approx(size * (10.5 if tokens else 10), rel=1e-9)
+    assert solution.gap_lp <= 1e-9
+
+
+@pytest.mark.parametrize("size", [1e-6, 2.0, 1e6])
+def test_a_bound_of_zero_leaves_the_gap_a_share_of_the_largest_gain(size):
+    # Half of each row is worth 0 and opposes nothing; a whole row is the second, which loses.
+    program = set_program(np.array([size, -size]), np.array([[-1.0], [1.0]]), np.zeros(1), rows=1)
+    solution = solve_dual(program)
+    whole = round_whole(program, solution, np.zeros(2))
+    found = certify(program, solution, whole)
+    assert (found.upper_bound, found.value) == (0.0, -size)
+    assert found.gap == pytest.approx(1.0)
+    assert (found.lp_gap, solution.gap_lp) == (0.0, 0.0)
