@@ -32,7 +32,8 @@ class WholeChoice:
 
     Args:
         chosen: bool [N].
-        base: the fractional solution that was rounded (of the tightened program where it was tightened).
+        base: the fractional solution that was rounded (of the tightened program where it was tightened), its weights
+            dealt to equal rows as the choice is.
         value: gain of the rows.
         slack: float64 [M] against the allowances asked for, >= 0 up to rounding of sums.
         added: rows added because they still fitted the budget.
@@ -118,22 +119,21 @@ def round_whole(
         except NoChoiceError:
             base, repaired = best, _repair(work, best)
             break
-    num_swaps, added = 0, set[int]()
+    num_swaps, added = 0, np.zeros(len(noise), dtype=bool)
     while True:
-        new = _fill(work, base)
-        added.update(new)
+        added[_fill(work, base)] = True
         swaps = _swap(work, base)
         num_swaps += swaps
         if not swaps:
             break
-    _smaller_index_first(work)
-    rows = np.array(sorted(added), dtype=np.int64)
+    place = _smaller_index_first(work, base.w)
+    work.chosen, added = work.chosen[place], added[place]
     return WholeChoice(
         chosen=work.chosen,
-        base=base,
+        base=dataclasses.replace(base, w=base.w[place]),
         value=float(program.gain[work.chosen].sum()),
         slack=program.dots[work.chosen].sum(axis=0) + program.allowance,
-        added=rows[work.chosen[rows]],
+        added=np.flatnonzero(added & work.chosen),
         num_swaps=num_swaps,
         num_tightened=num_tightened,
         num_repaired=repaired,
@@ -322,15 +322,13 @@ def _movable(work: _Work, solution: DualSolution) -> Bool[np.ndarray, " N"]:
     return np.abs(reduced) <= reach + state.score_noise
 
 
-def _smaller_index_first(work: _Work) -> None:
-    """Among rows with equal numbers keep those of smaller index, whatever the solver took."""
+def _smaller_index_first(work: _Work, weights: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """For every row the row whose part it takes: of rows with equal numbers those of smaller index are the chosen ones."""
     program = work.program
     table = np.column_stack([program.gain, program.dots, program.cost])
     order = np.lexsort((np.arange(len(table)), *table.T))
     fresh = np.append(True, (table[order][1:] != table[order][:-1]).any(axis=1))
-    if fresh.all():
-        return
     group = np.cumsum(fresh) - 1
-    start = np.flatnonzero(fresh)[group]
-    num_kept = np.bincount(group, weights=work.chosen[order])[group]
-    work.chosen[order] = np.arange(len(order)) - start < num_kept
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = order[np.lexsort((-weights[order], ~work.chosen[order], group))]
+    return place

@@ -166,7 +166,14 @@ def select_ranked(
 
 
 def refuse_empty(
-    problem: Problem, method: Method, chosen: Int[np.ndarray, " k"], candidates: Int[np.ndarray, " n"]
+    problem: Problem,
+    method: Method,
+    chosen: Int[np.ndarray, " k"],
+    candidates: Int[np.ndarray, " n"],
+    *,
+    why: str = "none of which fits the budget",
+    do: str = "raise the budget, loosen the method's settings, or use ogs_dual, which constrains the sum of the rows and not "
+    "each of them",
 ) -> None:
     """Refuse a selection of no rows: nothing could be trained on it.
 
@@ -175,6 +182,8 @@ def refuse_empty(
         method: the method that chose.
         chosen: int64 [k] row indices.
         candidates: int64 [n] rows that the method left as candidates.
+        why: what keeps them out.
+        do: the remedy.
 
     Raises:
         InfeasibleError: nothing was chosen.
@@ -182,8 +191,7 @@ def refuse_empty(
     if len(chosen) == 0:
         raise InfeasibleError(
             f"{method.name} leaves no row to choose",
-            got=f"{problem.size} eligible rows, {len(candidates)} of them candidates, none of which fits the budget",
+            got=f"{problem.size} eligible rows, {len(candidates)} of them candidates, {why}",
             expected="at least one row",
-            do="raise the budget, loosen the method's settings, or use ogs_dual, which constrains the sum of the rows "
-            "and not each of them",
+            do=do,
         )

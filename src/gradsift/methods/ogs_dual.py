@@ -34,7 +34,7 @@ from gradsift.geometry.program import Program, set_program
 from gradsift.geometry.rounding import WholeChoice, round_whole
 from gradsift.geometry.similarity import row_scale
 from gradsift.methods._dual_words import describe_cut, dot_noise, explain, remarks
-from gradsift.methods.base import Needs, build_selection, register, require, resolve_budget
+from gradsift.methods.base import Needs, build_selection, refuse_empty, register, require, resolve_budget
 from gradsift.seeds import Stream
 from gradsift.types import Budget, Problem, Selection
 
@@ -100,7 +100,7 @@ class OgsDual:
 
         Returns:
             The selection with its certificate; a problem without a choice that keeps every anchor within its allowance
-            is refused with a proof (InfeasibleError).
+            is refused with a proof (InfeasibleError), and so is one of which no row is taken.
         """
         require(problem, self)
         assert problem.grad_norm is not None
@@ -126,6 +126,16 @@ class OgsDual:
         noise_eps = float((self.kappa or 0.0) * share * noise.sum())
         solution = solve_dual(program)
         whole = round_whole(program, solution, noise, noise_eps)
+        gains = self.fill == "positive"
+        refuse_empty(
+            problem,
+            self,
+            np.flatnonzero(whole.chosen),
+            np.arange(problem.size),
+            why="none of which gains within the allowances" if gains else "none of which fits the budget and the allowances",
+            do="--set fill=full, or raise the allowance (--set eps=...)" if gains else "raise the budget or the allowance "
+            "(--set eps=...)",
+        )
         score = program.score(solution.prices) / program.cost
         ranked = np.lexsort((np.arange(problem.size), -score))
         cut = describe_cut(problem.ids, program, solution, whole, noise, noise_eps)
