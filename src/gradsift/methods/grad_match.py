@@ -47,7 +47,8 @@ class GradMatch:
         steer: match the ``target``, the ``pool``, or what is ``given``: the target where there is one, else the pool.
         batch_size: rows of a batch; None for 16, or fewer where the budget would hold fewer than 16 batches.
         ridge: lam in units of the mean squared length of an atom.
-        max_weight: largest weight of a row, in units of the mean weight.
+        max_weight: weights are clipped at this many times their mean, once, before they are scaled to mean 1; the largest
+            can be above it after that.
         tolerance: relative residual at which the target counts as matched.
         max_repeats: how often a dropped batch may be picked again.
     """

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsift.cli.methods import setting_words
 from gradsift.errors import ConfigError, InfeasibleError, NumericsError, SignalError
 from gradsift.geometry.similarity import row_scale
-from gradsift.methods import make_method
+from gradsift.methods import make_method, methods
 from gradsift.methods.grad_match_atoms import batch_rows, make_atoms, target_vector
 from gradsift.methods.grad_match_choice import deal, share_out
 from gradsift.methods.taking import resolve_budget
@@ -277,6 +278,9 @@ def test_large_weights_are_clipped_and_counted():
     held = choose(problem, 5, batch_size=1, ridge=0.0, max_weight=2.0)
     assert weight_of(free)["r004"] / weight_of(free)["r000"] == pytest.approx(100, rel=1e-4)
     assert weight_of(held)["r004"] / weight_of(held)["r000"] == pytest.approx(2 * 104 / 5, rel=1e-4)
+    assert weight_of(held)["r004"] == pytest.approx(5 * 41.6 / 45.6, rel=1e-4)  # scaled after the clip: above 2
+    for name in FORMS:
+        assert "once, before they are scaled to mean 1" in setting_words(methods()[name])["max_weight"]
     assert next(n for n in held.notes if n.code == "clipped_weights").count == 1
     assert not [n for n in free.notes if n.code == "clipped_weights"]
     assert next(n for n in free.notes if n.code == "concentrated_weights").text.startswith("one batch holds 96%")
