@@ -38,6 +38,15 @@ from gradsift.methods.base import Needs, build_selection, refuse_empty, register
 from gradsift.seeds import Stream
 from gradsift.types import Budget, Problem, Selection
 
+# Why no row is taken, and what can be done about it.
+NOTHING = {
+    "full": ("none of which fits the budget and the allowances", "raise the budget or the allowance (--set eps=...)"),
+    "positive": (
+        "none of which gains within the budget and the allowances",
+        "--set fill=full, or raise the budget or the allowance (--set eps=...)",
+    ),
+}
+
 
 @register
 @dataclass(frozen=True)
@@ -126,16 +135,8 @@ class OgsDual:
         noise_eps = float((self.kappa or 0.0) * share * noise.sum())
         solution = solve_dual(program)
         whole = round_whole(program, solution, noise, noise_eps)
-        gains = self.fill == "positive"
-        refuse_empty(
-            problem,
-            self,
-            np.flatnonzero(whole.chosen),
-            np.arange(problem.size),
-            why="none of which gains within the allowances" if gains else "none of which fits the budget and the allowances",
-            do="--set fill=full, or raise the allowance (--set eps=...)" if gains else "raise the budget or the allowance "
-            "(--set eps=...)",
-        )
+        why, do = NOTHING[self.fill]
+        refuse_empty(problem, self, np.flatnonzero(whole.chosen), np.arange(problem.size), why=why, do=do)
         score = program.score(solution.prices) / program.cost
         ranked = np.lexsort((np.arange(problem.size), -score))
         cut = describe_cut(problem.ids, program, solution, whole, noise, noise_eps)

@@ -320,7 +320,11 @@ def test_many_facts_are_warned_about_however_they_are_asked_for():
 
 
 def test_a_prompt_that_holds_its_object_is_left_out_in_scripts_without_spaces_too():
-    told = (("中国的首都北京在哪个国家？", "北京"), ("The capital Paris lies in?", "Paris"), ("서울은 어디에 있나요?", "서울"))
+    told = (
+        ("中国的首都北京在哪个国家", "北京"),
+        ("The capital Paris lies in?", "Paris"),
+        ("서울은 어디에 있나요?", "서울"),
+    )
     problem = facts([4] * 160, texts=(*told, ("रामायण किसने लिखी?", "राम"), *PROBLEM.texts[4:]))
     got = choose("memory_level", SHORT, problem)
     assert got.reason_code[:3] == ("dropped:trivial",) * 3

@@ -62,7 +62,10 @@ def pool_of(tokens, seed=0):
     """Random gradients; the trained tokens are given."""
     tokens = np.asarray(tokens, dtype=np.int64)
     gradients = np.random.default_rng(seed).normal(size=(len(tokens), P))
-    rows = [PlantedRow(f"r{i:03d}", "a", int(t), 1.0, g, 0.0) for i, (t, g) in enumerate(zip(tokens, gradients, strict=True))]
+    rows = [
+        PlantedRow(f"r{i:03d}", "a", int(t), 1.0, g, 0.0)
+        for i, (t, g) in enumerate(zip(tokens, gradients, strict=True))
+    ]
     return problem_from_rows(rows, np.eye(P)[1:2], np.eye(P)[0])
 
 
@@ -110,7 +113,9 @@ def test_rows_longer_than_the_budget_neither_fill_a_share_nor_hide_a_shortage():
     # One cluster of 12 rows: the two best hold more than the budget, the other ten 10 tokens each.
     gradients = [(3 - 0.1 * i) * np.eye(P)[0] + 5 * np.eye(P)[2] for i in range(12)] + [-np.eye(P)[4]] * 2
     tokens = [500, 400, *[10] * 10, 300, 300]
-    rows = [PlantedRow(f"r{i:02d}", "a", t, 1.0, g, 0.0) for i, (t, g) in enumerate(zip(tokens, gradients, strict=True))]
+    rows = [
+        PlantedRow(f"r{i:02d}", "a", t, 1.0, g, 0.0) for i, (t, g) in enumerate(zip(tokens, gradients, strict=True))
+    ]
     problem = problem_from_rows(rows, np.eye(P)[1:2], np.eye(P)[0])
     method = Hybrid(conflict_quantile=0.0, cap_factor=1.0, num_clusters=2)
     found = method.select(problem, Budget(tokens=100), stream(0, "s"))
