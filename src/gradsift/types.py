@@ -534,8 +534,8 @@ class Certificate:
         upper_bound: least dual value found; no selection can gain more.
         lp_value: gain of the fractional optimum.
         value: gain of the rows chosen.
-        gap: (upper_bound - value) / max(|upper_bound|, tiny).
-        lp_gap: (upper_bound - lp_value) / max(|upper_bound|, tiny).
+        gap: (upper_bound - value) / max(|upper_bound|, largest gain of a row).
+        lp_gap: (upper_bound - lp_value) / max(|upper_bound|, largest gain of a row).
         slack: per anchor, sum of dots of the chosen rows plus the allowance; >= 0 when kept.
         allowance: eps per anchor.
         num_fractional: rows that the fractional optimum takes in part, at most anchors + 1.
