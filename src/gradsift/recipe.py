@@ -67,7 +67,7 @@ def _hidden(text: object, length: int = 80) -> str:
     return re.sub(r"://\S*", "://...", str(text))[:length]
 
 
-SourcePath = Annotated[str, AfterValidator(refuse_secrets)]
+SourcePath = Annotated[str, AfterValidator(refuse_secrets), Field(min_length=1)]
 """Local file, URL (``s3://bucket/rows.parquet``), or hub id (``org/name``, ``org/name:split``)."""
 
 
@@ -86,7 +86,7 @@ class SourceConfig(Strict):
     """
 
     label: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
-    path: SourcePath = Field(min_length=1)
+    path: SourcePath
 
 
 class DataConfig(Strict):

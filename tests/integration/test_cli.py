@@ -122,6 +122,7 @@ def test_inspect_shows_the_mask(tmp_path, navigator, capsys):
     assert "status OK" in said
     assert "8 carry loss" in said  # seven letters and the end of the turn
     assert run(["inspect", str(path), "--navigator", str(navigator), "--row", "5"]) == 2
+    assert run(["inspect", "", "--navigator", str(navigator)]) == 2
 
 
 def test_what_looks_like_markup_is_shown_as_it_is(tmp_path, navigator, capsys, monkeypatch):

@@ -36,7 +36,8 @@ def command(
     data = build_section(
         DataConfig, {"format": format_, "loss_on": loss_on, "max_length": max_length}, "gradsift inspect"
     )
-    pool = read_pool([SourceConfig(label="pool", path=path)], fmt=data.format)
+    source = build_section(SourceConfig, {"label": "pool", "path": path}, "the file of rows")
+    pool = read_pool([source], fmt=data.format)
     if not 0 <= row < len(pool.rows):
         raise ConfigError("there is no such row", where="--row", got=row, expected=f"0 to {len(pool.rows) - 1}")
     chosen = pool.rows[row]

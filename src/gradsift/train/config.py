@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from gradsift.recipe import DataConfig, LoraConfig, Strict
+from gradsift.recipe import DataConfig, LoraConfig, SourcePath, Strict
 from gradsift.train.loop import LoopConfig
 
 
@@ -203,8 +203,8 @@ class TrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     order: Literal["shuffle", "selection"] = "shuffle"
     data: DataConfig | None = None
-    general: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
+    general: tuple[SourcePath, ...] = ()
+    held_out: tuple[SourcePath, ...] = ()
     replay: ReplayConfig = ReplayConfig()
     kl: KlConfig = KlConfig()
     l2sp: float = Field(default=0.0, ge=0)

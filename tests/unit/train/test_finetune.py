@@ -240,7 +240,7 @@ def test_forecast_counts_what_training_does(selected: Path, navigator: Path, tmp
 @pytest.mark.parametrize(
     "changes",
     [{"epochs": 1.0}, {"replay": {"share": 0.5}}, {"ewc": {"weight": 1.0}}, {"kl": {"weight": 1.0, "on": "general"}},
-     {"stm": {"tau": 2.0, "drop_share": 0.1}}, {"unknown": 1}],
+     {"stm": {"tau": 2.0, "drop_share": 0.1}}, {"general": ("",)}, {"held_out": ("",)}, {"unknown": 1}],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], navigator: Path) -> None:
     with pytest.raises(ValueError, match=r"give|needs general|Extra"):
