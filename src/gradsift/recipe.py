@@ -67,7 +67,7 @@ def _hidden(text: object, length: int = 80) -> str:
     return re.sub(r"://\S*", "://...", str(text))[:length]
 
 
-SourcePath = Annotated[str, AfterValidator(refuse_secrets), Field(min_length=1)]
+SourcePath = Annotated[str, Field(min_length=1), AfterValidator(refuse_secrets)]
 """Local file, URL (``s3://bucket/rows.parquet``), or hub id (``org/name``, ``org/name:split``)."""
 
 

@@ -28,6 +28,7 @@ from gradsift.evaluate.losses import RowLosses, evaluate_rows
 from gradsift.methods.base import make_method, methods
 from gradsift.recipe import Strict, build_section
 from gradsift.seeds import Stream, stream
+from gradsift.train.config import StmConfig
 from gradsift.train.crossfit import CrossfitConfig, Material, choose_crossfit, crossfit
 from gradsift.train.hooks import step_hooks
 from gradsift.train.parts import Cost
@@ -40,28 +41,6 @@ POLICY = "ogs"
 EVALUATION_TOKENS = 2048  # longest row times rows of an evaluation batch; nothing but memory depends on it
 TRAINING_SECTIONS = frozenset({"rollout", "warmup", "proxy"})  # how the world's model is trained for a method's sake
 FREE_OPTIONS = frozenset({"lr_factor", "wise_ft"})  # training options that add nothing to the cost of a step
-
-
-class MaskingOptions(Strict):
-    """Token masking of an arm; the arguments of :func:`gradsift.train.masking.mask_rows`.
-
-    Args:
-        tau: tokens of a perplexity above this are masked.
-        drop_share: share of the trained tokens to mask, in place of ``tau``.
-        min_kept: rows with fewer tokens left are dropped.
-        keep_ids: tokens that are never masked.
-    """
-
-    tau: Annotated[float, Field(gt=0)] | None = None
-    drop_share: Annotated[float, Field(ge=0, lt=1)] | None = None
-    min_kept: int = Field(default=1, ge=1)
-    keep_ids: tuple[int, ...] = ()
-
-    @model_validator(mode="after")
-    def _one(self) -> MaskingOptions:
-        if (self.tau is None) == (self.drop_share is None):
-            raise ValueError("give one of tau and drop_share")
-        return self
 
 
 class TrainOptions(Strict):
@@ -83,9 +62,15 @@ class TrainOptions(Strict):
     kl: float = Field(default=0.0, ge=0)
     l2sp: float = Field(default=0.0, ge=0)
     ewc: float = Field(default=0.0, ge=0)
-    stm: MaskingOptions | None = None
+    stm: StmConfig | None = None
     hook: Literal[*step_hooks()] | None = None  # pyright: ignore[reportInvalidTypeForm]
     hook_settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _masks(self) -> TrainOptions:
+        if self.stm is not None and not self.stm.on:
+            raise ValueError("stm: give one of tau and drop_share")
+        return self
 
 
 @dataclass(frozen=True)
