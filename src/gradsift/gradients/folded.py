@@ -6,7 +6,7 @@ both factors folded, and one small product gives a matrix of cells (:mod:`gradsi
 the same signs, once, and the product of the two matrices of cells has the dot as its expectation, with the variance of
 :mod:`gradsift.gradients.project` without its first term, the buckets': 2/(R C), and what shared rows and columns add.
 Squared norms are exact, from the Gram matrices of the factors: |sum_t g_t x_t'|^2 = sum_tu (g_t . g_u)(x_t . x_u).
-Vectors, lookups and parameters with a cell for every entry are measured exactly.
+Vectors, lookups, fused experts and parameters with a cell for every entry are measured exactly.
 
 It is for few tokens a row: Grams grow with their square, and formed gradients do not.
 """
@@ -51,6 +51,8 @@ def fold_directions(engine: GradientEngine) -> None:
         if block.directions is None or block.rows == 1 or 2 * block.cells.count > block.numel:
             continue
         if engine.looks_up(block) and not engine.is_head(block):
+            continue
+        if engine.holds_experts(block):
             continue
         if block.mean is not None or block.bend is not None:
             raise AssertionError("anchors and Adam directions need whole gradients")

@@ -200,6 +200,10 @@ class GradientEngine:
         """Tell whether a parameter is a table that tokens are looked up in."""
         return block is self._embedding_block
 
+    def holds_experts(self, block: Block) -> bool:
+        """Tell whether a parameter is one of all experts of a layer together."""
+        return any(is_experts(module) and use.block is block for module, uses in self._uses.items() for use in uses)
+
     def _map_parameters(self, wanted: set[str]) -> tuple[str, ...]:
         """Find the module and rule of each wanted parameter; return the names that no rule covers."""
         first_name = {id(p): name for name, p in self.model.named_parameters()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.toy import TOYS, VOCABULARY, toy_llama
+from tests.unit.gradients.test_experts import expert_names, made
 
 from gradsift.errors import ConfigError
 from gradsift.gradients import project
@@ -89,6 +90,35 @@ def test_dots_are_those_of_the_cells_and_everything_else_is_exact(kind, held, mo
                 pair = [cells_by_hand(one, name, 7) for one in (g, d)] if name in names else [g.numpy(), d.numpy()]
                 total += float((pair[0] * pair[1]).sum())
             assert total == pytest.approx(float(got.dots[b, i]), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("held", [False, True])
+def test_fused_experts_keep_exact_dots(name, held, monkeypatch):
+    monkeypatch.setattr(project, "CELLS", 64)
+    model = made(name)
+    experts = set(expert_names(model))
+    exact, folded, directions = engines(model, trained_only=held)
+    for engine in (exact, folded):
+        for key, block in engine.blocks.items():
+            if key not in experts:  # directions of the experts alone
+                block.directions, block.folds = torch.zeros_like(directions[key]), {}
+    assert any(block.road == "folded" for block in folded.blocks.values())
+    ids, labels, lengths = rows()
+    with exact:
+        want = exact.measure(ids, labels, lengths)
+    with folded:
+        got = folded.measure(ids, labels, lengths)
+    assert (got.dots.abs() > 1e-3).any(0).all()
+    for signal in ("dots", "square", "sketch"):
+        torch.testing.assert_close(getattr(got, signal), getattr(want, signal), rtol=1e-6, atol=1e-6)
+    if held:
+        return  # gradients of the rest alone are not autograd's
+    for b, n in enumerate(lengths.tolist()):
+        by_name = example_gradient(model, list(experts), ids[b, :n], labels[b, :n]).by_name
+        for i in range(2):
+            total = sum(float((folded.matrix(e, by_name[e]).flatten() * directions[e][i]).sum()) for e in experts)
+            assert total == pytest.approx(float(got.dots[b, i]), rel=1e-5, abs=1e-5)
 
 
 def test_a_matrix_folds_to_its_cells(monkeypatch):
