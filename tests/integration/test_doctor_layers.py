@@ -11,6 +11,7 @@ import torch
 from scipy.stats import spearmanr
 from tests import toy
 from tests.rows import world
+from transformers import Lfm2Config, Lfm2ForCausalLM
 from typer.testing import CliRunner
 
 from gradsift import select
@@ -127,6 +128,25 @@ def test_the_command_prints_and_writes_what_was_measured(tmp_path, navigator):
     assert kept["advice"] in told
     rank = kept["lines"][2]["ranks"]["target"]
     assert np.isfinite(rank["rho"])
+
+
+def test_held_prompts_are_left_out_of_a_model_that_keeps_a_state_and_select_refuses_them(tmp_path):
+    folder, files = tmp_path / "lfm2", world(tmp_path)
+    kinds = ["conv", "full_attention"]
+    config = Lfm2Config(**toy.COMMON, num_key_value_heads=2, layer_types=kinds)
+    toy._finish(Lfm2ForCausalLM(config), 0, torch.float32).save_pretrained(folder)
+    toy.toy_tokenizer().save_pretrained(folder)
+    told = Silent()
+    said: list[str] = []
+    told.say = said.append
+    found = measure_shares(recipe(files, folder, "all"), told, shares=("50%", "trained", "screen"), num_rows=12)
+    assert [line.share for line in found.lines] == ["50%", "all"]
+    assert any("held prompts are left out" in line and "conv" in line for line in said)
+    for settings in ({"collect.positions": "trained"}, {"screen.by": "trained"}):
+        with pytest.raises(ConfigError, match="cannot be held constant"):
+            select({"pool": files["pool"]}, method="target_cosine", budget="5", out=tmp_path / "run", target=files["target"],
+                   navigator=folder, report=False, settings={**SETTINGS, **settings})  # fmt: skip
+        assert not (tmp_path / "run" / "signals").exists()
 
 
 @pytest.mark.parametrize(("changes", "rows"), [({"target": None, "anchors": None}, 24), ({}, 5)])

@@ -7,7 +7,10 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from tests import toy
 from tests.rows import world
+from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from gradsift import select
@@ -95,3 +98,14 @@ def test_prompts_held_constant_are_said_and_not_mixed(tmp_path, navigator):
     for method, settings in (("rds", {}), ("target_cosine", {"collect.signals": "all"})):
         with pytest.raises(ConfigError, match="whole rows"):
             run(files, tmp_path / "refused", navigator, method, **{"collect.positions": "trained", **settings})
+
+
+def test_a_window_and_experts_are_told_in_the_fingerprint(tmp_path):
+    folder, files, out = tmp_path / "mixtral", world(tmp_path), tmp_path / "run"
+    size = {**toy.COMMON, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    toy._finish(MixtralForCausalLM(MixtralConfig(**size, sliding_window=8)), 0, torch.float32).save_pretrained(folder)
+    toy.toy_tokenizer().save_pretrained(folder)
+    held = run(files, out, folder, **{"collect.positions": "trained", "collect.dots": "folded", "navigator.parameters": "all"})
+    spec = manifest(out)["spec"]
+    assert (spec["positions"], spec["dots"]) == ("trained, padding first", "folded, experts exact")
+    assert held.ids

@@ -29,7 +29,7 @@ from gradsift.gradients.embed import pool_positions
 from gradsift.gradients.experts import bias_sums, check_router, is_experts, tapped
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
 from gradsift.gradients.measured import Forwarded, Measured
-from gradsift.gradients.prefix import Held, empty_cache, hold_prompts
+from gradsift.gradients.prefix import Held, empty_cache, hold_prompts, needs_adjacent, refuse_states
 from gradsift.gradients.prefold import refuse_without_norms
 from gradsift.gradients.project import Projector
 from gradsift.gradients.slopes import Sloped, losses_and_slopes
@@ -92,7 +92,7 @@ class GradientEngine:
             gradients are those of the rest.
 
     Raises:
-        ConfigError: embeddings are asked for, and the prompt is to be held constant.
+        ConfigError: the prompt is to be held constant, and embeddings are asked for or the model keeps a state.
         ModelError: the model has no LM head that can be hooked.
     """
 
@@ -116,7 +116,10 @@ class GradientEngine:
                 "embeddings are those of whole rows", where="collect.positions", got="trained", expected="all",
                 do="leave collect.positions out, or choose a method that needs no embedding",
             )  # fmt: skip
+        if trained_only:
+            refuse_states(model)
         self.trained_only = trained_only
+        self.adjacent = trained_only and needs_adjacent(model)
         self.norms = norms
         self.edges = edges and norms
         self.model = model.eval()
@@ -475,7 +478,7 @@ class GradientEngine:
         if self.trained_only:
             if prompt is not None:
                 raise ConfigError("prompts' losses are those of whole rows", where="collect.positions", got="trained")
-            held = hold_prompts(input_ids, labels, lengths)
+            held = hold_prompts(input_ids, labels, lengths, adjacent=self.adjacent)
             logits_of = self._after_prefix(held)
             input_ids, labels, lengths = held.input_ids, held.labels, held.lengths
         with (
@@ -537,11 +540,15 @@ class GradientEngine:
             return self._logits
         kept = empty_cache(self.model)
         nothing = torch.full_like(held.prefix, -100)
+        padded: dict[str, Tensor] = {}
+        if self.adjacent:
+            padded["attention_mask"] = held.seen.long()
+            padded |= {"position_ids": held.prefix_positions} if self._takes_positions else {}
         with (
             torch.no_grad(),
             self._running(held.prefix, nothing, held.starts, None),
         ):  # no logits: nothing is supervised
-            self.model(input_ids=held.prefix, use_cache=True, **kept)
+            self.model(input_ids=held.prefix, use_cache=True, **kept, **padded)
         extra = {"position_ids": held.positions} if self._takes_positions else {}
         return lambda input_ids: (
             self.model(input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra).logits

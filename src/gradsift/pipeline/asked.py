@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,3 +176,22 @@ def spec_of(
         layers=None if upper is None else upper.text,
         positions=recipe.collect.positions if gradients else "all",
     )
+
+
+def engine_spec(spec: GradientSpec, engine: GradientEngine, folded: bool) -> GradientSpec:
+    """Write down what of the collector changes the numbers and follows from the model.
+
+    Args:
+        spec: as the recipe has it.
+        engine: the collector.
+        folded: whether dots are taken by folded factors.
+
+    Returns:
+        The fingerprint of the store.
+    """
+    if engine.adjacent:  # stores from before padding stood there hold other numbers
+        spec = dataclasses.replace(spec, positions="trained, padding first")
+    if folded:
+        experts = any(engine.holds_experts(block) for block in engine.blocks.values())
+        spec = dataclasses.replace(spec, dots="folded, experts exact" if experts else "folded")
+    return spec

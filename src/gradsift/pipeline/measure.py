@@ -43,7 +43,7 @@ from gradsift.models.adapter import attach_lora
 from gradsift.models.load import Navigator, load_navigator
 from gradsift.models.parameters import Coverage, Parameters, choose_parameters
 from gradsift.pipeline.active import activate
-from gradsift.pipeline.asked import covered_by, folds, held_note, spec_of, wants_edges, wants_gradients
+from gradsift.pipeline.asked import covered_by, engine_spec, folds, held_note, spec_of, wants_edges, wants_gradients
 from gradsift.pipeline.embedding import embed_target, wants_embedding
 from gradsift.pipeline.forward import told_apart, wanted_extras
 from gradsift.pipeline.fsdp import load_shared
@@ -199,7 +199,7 @@ def measure(prepared: Prepared, out: Path, clock: Clock, at: At | None = None, *
         rows = among(rows, part.ids)
     more = (*(["embedding"] if embeds else []), *extras.names, *(engine.edge_norms if gradients else ()))
     spec = spec_of(prepared, navigator, model, parameters if upper is None else upper, gradients, more)
-    spec = dataclasses.replace(spec, dots="folded") if folded else spec if at is None else spec_at(spec, at)
+    spec = engine_spec(spec if at is None else spec_at(spec, at), engine, folded)
     folder = store_folder(out / signals, spec)
     built = _directions(prepared, model, engine, folder, clock, embeds) if gradients else []
     attach(engine, built)

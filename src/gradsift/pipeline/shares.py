@@ -24,6 +24,7 @@ from gradsift.evaluate.ranks import Correlation, spearman_interval
 from gradsift.gradients.directions import BuiltDirection, build_direction
 from gradsift.gradients.folded import fold_directions, keep_parts
 from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.prefix import refuse_states
 from gradsift.gradients.project import Projector
 from gradsift.gradients.upper import Upper, choose_upper
 from gradsift.methods import make_method
@@ -154,7 +155,8 @@ def measure_shares(
     Args:
         recipe: pool, anchors, target, navigator and data settings of the planned run.
         progress: who is told.
-        shares: values of ``collect.layers``, ``trained``, or ``screen``, which is left out on a GPU.
+        shares: values of ``collect.layers``, ``trained``, or ``screen``, which is left out on a GPU; neither is measured
+            for a model whose prompts cannot be held constant.
         num_rows: rows to draw; all where there are fewer.
         num_rounds: groups that the micro-batches are dealt into, short and long ones in each; fewer where there are fewer.
 
@@ -175,6 +177,7 @@ def measure_shares(
     if recipe.navigator.parameters == "lora":
         model = attach_lora(model, recipe.navigator.lora, recipe.seed)
     parameters = choose_parameters(model, recipe.navigator.parameters)
+    shares = _holdable(model, shares, progress)
     uppers = {share: choose_upper(model, parameters, share) for share in shares if share not in HELD}
     with clock.stage("anchors", sum(row.num_tokens for source in prepared.directions for row in source.usable)):
         engines = _engines(prepared, model, parameters, uppers, bool(HELD.keys() & set(shares)), clock)
@@ -268,6 +271,18 @@ def _draw(prepared: Prepared, count: int) -> list[TokenRow]:
     draws = stream(prepared.recipe.seed, "shares").uniform([row.id for row in rows])
     drawn = [rows[i] for i in np.argsort(draws, kind="stable")[:count]]
     return sorted(drawn, key=lambda row: (row.num_tokens, row.id))
+
+
+def _holdable(model: nn.Module, shares: Sequence[str], progress: Progress) -> Sequence[str]:
+    """Leave those with held prompts out where the model has a state, and say so."""
+    try:
+        refuse_states(model)
+    except ConfigError as error:
+        left = [share for share in shares if share not in HELD]
+        if len(left) < len(shares):
+            progress.say(f"held prompts are left out: {error.what} ({error.got})")
+        return left
+    return shares
 
 
 def _engines(

@@ -64,8 +64,9 @@ class GradientSpec:
         direction: what the gradient is turned into.
         truncation: which end of a long row is kept.
         layers: upper decoder layers that were measured, with the backward stopped below them; None for the whole model.
-        positions: ``all``, or ``trained`` where prompts were held constant.
-        dots: ``exact``, or ``folded`` where they are those of folded factors, which are exact on average over seeds.
+        positions: ``all``, or ``trained`` where prompts were held constant (``trained, padding first`` before windows).
+        dots: ``exact``, or ``folded`` where they are those of folded factors, which are exact on average over seeds
+            (``folded, experts exact`` where the model has experts).
     """
 
     parameters: str

@@ -10,6 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import toy
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from gradsift.errors import ConfigError
 from gradsift.gradients.hooks import GradientEngine
@@ -22,6 +36,34 @@ from gradsift.models.parameters import choose_parameters
 PROJECTOR = Projector(seed=7, dim=61)
 # What holds a layer's queries, keys and values: with these cut before a position nothing before it has a gradient.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "c_attn", "q_norm", "k_norm")
+
+
+SMALL = {**toy.COMMON, "num_key_value_heads": 2}
+
+
+def mistral(seed=0, dtype=torch.float32):
+    """A window of 4 tokens in every layer."""
+    return toy._finish(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)), seed, dtype)
+
+
+def gemma3(seed=0, dtype=torch.float32):
+    """A window in one layer of two."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=4, layer_types=kinds)
+    return toy._finish(Gemma3ForCausalLM(config), seed, dtype)
+
+
+def llama4(seed=0, dtype=torch.float32):
+    """Chunks of 4 tokens in one layer of two."""
+    config = Llama4TextConfig(
+        **SMALL, head_dim=8, attention_chunk_size=4, intermediate_size_mlp=48, moe_layers=[], use_qk_norm=False,
+        layer_types=["chunked_attention", "full_attention"],
+    )  # fmt: skip
+    return toy._finish(Llama4ForCausalLM(config), seed, dtype)
+
+
+WINDOWED = {f.__name__: f for f in (mistral, gemma3, llama4)}
+MODELS = {**toy.TOYS, "upper": toy.toy_qwen2, **WINDOWED}
 
 
 def some_batch(lengths, first, seed=0):
@@ -43,7 +85,9 @@ def truth(model, names, ids, labels):
     start = int((labels[1:] != -100).nonzero()[0])
 
     def cut(_m, _i, out):
-        return torch.cat([out[:, :start].detach(), out[:, start:]], 1)
+        axis = 1 if out.shape[1] == len(ids) else 2  # norms on heads stand before or behind the exchange of both axes
+        before, after = out.tensor_split((start,), axis)
+        return torch.cat([before.detach(), after], axis)
 
     def cut_layer(_m, _i, out):
         return (cut(None, None, out[0]), *out[1:]) if isinstance(out, tuple) else cut(None, None, out)
@@ -63,9 +107,9 @@ def truth(model, names, ids, labels):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("kind", [*toy.TOYS, "upper"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_every_signal_equals_a_forward_with_the_prompt_cut_off(kind, dtype, limit):
-    model = toy.TOYS["qwen2" if kind == "upper" else kind](0, dtype)
+    model = MODELS[kind](0, dtype)
     parameters = choose_parameters(model, "lora" if kind == "lora" else "all")
     first = None
     if kind == "upper":
@@ -123,6 +167,66 @@ def test_rows_without_a_prompt_are_measured_as_ever():
     with GradientEngine(model, names, trained_only=True) as engine:
         got = engine.measure(ids, labels, lengths)
     assert torch.equal(got.square, want.square)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_padding_stands_before_a_short_prefix_where_places_count(data):
+    lengths = data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=5))
+    first = [data.draw(st.integers(1, n - 1)) for n in lengths]
+    ids, labels, sizes = some_batch(lengths, first)
+    plain, held = hold_prompts(ids, labels, sizes), hold_prompts(ids, labels, sizes, adjacent=True)
+    width = held.prefix.shape[1]
+    assert width == max(first) - 1
+    for b, f in enumerate(first):
+        assert held.seen[b].tolist() == [k >= width - (f - 1) for k in range(width)]
+        assert held.prefix[b][held.seen[b]].tolist() == ids[b, : f - 1].tolist()
+        assert held.prefix_positions[b][held.seen[b]].tolist() == list(range(f - 1))
+        assert held.mask[b].tolist() == [*held.seen[b].int().tolist(), *[1] * held.input_ids.shape[1]]
+    for name in ("starts", "input_ids", "labels", "lengths", "positions"):
+        assert torch.equal(getattr(held, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_a_row_in_a_batch_is_what_it_is_alone_in_front_of_a_window(kind):
+    model = WINDOWED[kind](0, torch.float64)
+    names = choose_parameters(model, "all").names
+    ids, labels, lengths = some_batch([20, 16, 14, 15], [16, 3, 10, 14])
+    with GradientEngine(model, names, trained_only=True) as engine:
+        got = engine.measure(ids, labels, lengths)
+        for b, n in enumerate(lengths.tolist()):
+            alone = engine.measure(ids[b : b + 1, :n], labels[b : b + 1, :n], lengths[b : b + 1])
+            torch.testing.assert_close(got.loss[b : b + 1], alone.loss, rtol=0, atol=1e-10)
+            torch.testing.assert_close(got.square[b : b + 1], alone.square, rtol=1e-10, atol=0)
+
+
+def lfm2():
+    return Lfm2ForCausalLM(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
+
+
+def mamba2():
+    size = {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1}
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=toy.VOCABULARY, hidden_size=32, num_hidden_layers=2, **size))
+
+
+def qwen3_next():
+    heads = {f"linear_{name}": n for name, n in
+             (("num_value_heads", 4), ("num_key_heads", 2), ("key_head_dim", 8), ("value_head_dim", 8))}  # fmt: skip
+    config = Qwen3NextConfig(
+        **SMALL, **heads, num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    return Qwen3NextForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [lfm2, mamba2, qwen3_next])
+def test_layers_that_keep_a_state_are_refused_when_the_engine_is_made(make):
+    model = make()
+    with pytest.raises(ConfigError, match="held constant") as refused:
+        GradientEngine(model, ["model.norm.weight"], trained_only=True)
+    assert type(model).__name__ in refused.value.got
+    assert refused.value.where == "collect.positions"
+    GradientEngine(model, ["model.norm.weight"])
 
 
 def test_what_belongs_to_whole_rows_is_refused():
