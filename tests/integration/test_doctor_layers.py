@@ -19,9 +19,10 @@ from gradsift.cli.app import app
 from gradsift.data.batches import Tokens
 from gradsift.errors import ConfigError
 from gradsift.evaluate.ranks import Correlation
+from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient
 from gradsift.pipeline.progress import Silent
-from gradsift.pipeline.shares import Ratio, ShareLine, ShareTable, measure_shares, plain_step
+from gradsift.pipeline.shares import Ratio, ShareLine, ShareTable, _without_adapter, measure_shares, plain_step
 from gradsift.recipe import build_recipe
 
 SETTINGS = {"collect.sketch_dim": 61, "allow_weak_anchor": True}
@@ -93,6 +94,23 @@ def test_the_plain_step_is_the_sum_of_ordinary_backwards(kind, monkeypatch):
     for name in names:
         torch.testing.assert_close(seen[name], sum(one.by_name[name] for one in every), rtol=1e-4, atol=1e-6)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_the_step_of_all_weights_leaves_the_adapter_frozen():
+    """Else peft's autograd would run below the layers that a share measures, and be charged to the share."""
+    model = toy.TOYS["lora"](0, torch.float64)
+    model.requires_grad_(False)
+    ids = torch.randint(4, toy.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens = Tokens(torch.arange(2), ids, ids.clone(), torch.tensor([9, 9]))
+    head = next(n for n, _ in model.named_parameters() if "lm_head" in n)
+    with model.disable_adapter():
+        want = sum(example_gradient(model, [head], row, row).loss for row in ids)
+    assert _without_adapter(model, tokens) == pytest.approx(want, rel=1e-6)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    names = [n for n, _ in model.named_parameters() if "layers.1" in n and ".lora_" in n]
+    with GradientEngine(model, names, first_layer=1) as engine:
+        engine.measure(ids, ids.clone(), tokens.lengths)
+    assert not any(p.grad is not None for p in model.parameters())
 
 
 def line(share, cost, *rhos):

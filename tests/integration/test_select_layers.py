@@ -105,7 +105,9 @@ def test_a_window_and_experts_are_told_in_the_fingerprint(tmp_path):
     size = {**toy.COMMON, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     toy._finish(MixtralForCausalLM(MixtralConfig(**size, sliding_window=8)), 0, torch.float32).save_pretrained(folder)
     toy.toy_tokenizer().save_pretrained(folder)
-    held = run(files, out, folder, **{"collect.positions": "trained", "collect.dots": "folded", "navigator.parameters": "all"})
+    held = run(
+        files, out, folder, **{"collect.positions": "trained", "collect.dots": "folded", "navigator.parameters": "all"}
+    )
     spec = manifest(out)["spec"]
     assert (spec["positions"], spec["dots"]) == ("trained, padding first", "folded, experts exact")
     assert held.ids

@@ -229,15 +229,22 @@ def plain_step(model: nn.Module, names: Sequence[str], tokens: Tokens) -> float:
         return float(loss.detach())
     finally:
         handle.remove()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        _freeze(model)
+
+
+def _freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 def _without_adapter(model: Any, tokens: Tokens) -> float:
     names = [name for name, _ in model.named_parameters() if ".lora_" not in name]
-    with model.disable_adapter():
-        return plain_step(model, names, tokens)
+    try:
+        with model.disable_adapter():
+            return plain_step(model, names, tokens)
+    finally:
+        _freeze(model)  # peft lets the adapter have gradients again when it is switched on
 
 
 def engine_step(engine: GradientEngine) -> Callable[[Tokens], tuple[Float[np.ndarray, "B M"], Float[np.ndarray, " B"]]]:
