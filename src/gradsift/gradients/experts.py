@@ -118,7 +118,9 @@ def check_router(module: Any, x: Tensor, logits: Tensor) -> None:
     weight, bias = module.weight.detach(), getattr(module, "bias", None)
     with torch.no_grad():
         want = functional.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias)
-    if logits.shape != want.shape or not torch.allclose(logits.detach().to(want.dtype), want, atol=1e-2, rtol=1e-2):
+    got = logits.detach().to(want.dtype)
+    # A row that is not finite says nothing of the router; it is set aside by its loss.
+    if got.shape != want.shape or not torch.allclose(got, want, atol=1e-2, rtol=1e-2, equal_nan=True):
         raise ModelError(
             "a router does not return the logits of its experts first, so its gradient cannot be measured",
             where=type(module).__name__,

@@ -64,6 +64,14 @@ class _Batch:
     prompt: Tensor | None = None
     parts: tuple[Totals, ...] = ()
 
+    def by_row(self, tokens: Tensor) -> Tensor:
+        """Put what a layer saw as [B * T, n], a router perhaps in its output alone, or as [B, 1, T, n] into rows [B, T, n]."""
+        if tokens.ndim == 4 and tokens.shape[1] == 1:
+            return tokens[:, 0]
+        if tokens.ndim == 2 and tokens.is_floating_point() and tokens.shape[0] == len(self.lengths) * self.width:
+            return tokens.unflatten(0, (-1, self.width))
+        return tokens
+
     @property
     def apart(self) -> Tensor | None:
         """[B, P, M + 1] dots and squared norm of each part, or None where parts are not kept apart."""
@@ -368,8 +376,7 @@ class GradientEngine:
         if self.road == "tiles" or not (fast_norm or roads.keeps_narrow(module)):
             g = g.to(self.dtype)
             x = x.to(self.dtype) if x.is_floating_point() else x
-        if x.ndim == 2 and x.is_floating_point() and x.shape[0] == len(batch.lengths) * batch.width:
-            x, g = x.unflatten(0, (-1, batch.width)), g.unflatten(0, (-1, batch.width))  # a layer of tokens in a row
+        x, g = batch.by_row(x), batch.by_row(g)
         if head:
             seen = Seen(x[0], g[0], batch.head_lengths, batch.head_starts)
             if self._head_block is None and self.edges:

@@ -11,11 +11,13 @@ from torch import nn
 
 from gradsift.errors import ModelError
 from gradsift.gradients import adam
+from gradsift.gradients.collect import Pass, measure_shard
 from gradsift.gradients.experts import is_experts, tapped
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient
 from gradsift.gradients.project import sketch_reference
 from gradsift.models.parameters import choose_parameters, coverage
+from gradsift.types import RowStatus, TokenRow
 
 SMALL = {**COMMON, "num_key_value_heads": 2}
 
@@ -60,8 +62,27 @@ def granite_moe():
     return GraniteMoeForCausalLM(GraniteMoeConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2))
 
 
-FAMILIES = {f.__name__: f for f in (mixtral, qwen2_moe, qwen3_moe, gpt_oss, granite_moe)}
-WHOLE = {"mixtral", "qwen2_moe", "qwen3_moe"}  # every weight is measured; the others are told what is not
+GROUPED = {
+    "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+
+
+def deepseek_v3():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**SMALL, "num_key_value_heads": 4}, **GROUPED, **heads))
+
+
+def glm4_moe():
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**SMALL, **GROUPED, head_dim=8))
+
+
+FAMILIES = {f.__name__: f for f in (mixtral, qwen2_moe, qwen3_moe, gpt_oss, granite_moe, deepseek_v3, glm4_moe)}
+WHOLE = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe"}  # every weight is measured; the others are told what is not
 
 
 def made(name, seed=0):
@@ -178,6 +199,22 @@ def test_a_router_that_returns_something_else_is_refused():
     engine = GradientEngine(model, [f"{name}.weight"])
     with engine, pytest.raises(ModelError, match="router does not return the logits"):
         engine.measure(ids, labels, lengths)
+
+
+def test_a_router_meets_a_row_that_is_not_finite_first_and_sets_that_row_alone_aside():
+    model = _finish(FAMILIES["mixtral"](), 0, torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    generator = np.random.default_rng(0)
+    rows = [TokenRow(f"r{i}", generator.integers(8, 200, 9), np.arange(9) > 4, 9, RowStatus.OK) for i in range(4)]
+    rows[1].input_ids[2] = 7
+    engine = GradientEngine(model, choose_parameters(model, "all").names, projector=PROJECTOR)
+    run = Pass(engine, (), 100, 3)
+    with engine:
+        got = measure_shard(run, rows)
+        want = [measure_shard(run, [row]).grad_norm[0] for row in rows if row.id != "r1"]
+    assert got.status == (RowStatus.OK, RowStatus.NONFINITE_LOSS, RowStatus.OK, RowStatus.OK)
+    np.testing.assert_allclose(got.grad_norm[[0, 2, 3]], want, rtol=1e-5)
 
 
 def test_experts_are_told_from_other_modules():
