@@ -12,6 +12,10 @@ from tests.rows import chat, some_rows, world, write_jsonl
 
 from gradsift import select
 from gradsift.errors import ConfigError, DataError, SpecError
+from gradsift.pipeline import memory
+from gradsift.pipeline.estimate import estimate
+from gradsift.pipeline.progress import Silent
+from gradsift.recipe import build_recipe
 
 SMALL = {"collect.rows_per_shard": 5, "collect.sketch_dim": 251}
 DAAR = {"num_domains": 2, "layer": 1, "probe_share": 1.0, "rows_per_domain": 5, "min_accuracy": 0.0, "steps": 30}
@@ -216,3 +220,20 @@ def test_inputs_of_a_finished_run_are_untouched(tmp_path, navigator):
     before = files["pool"].read_bytes()
     run(files, tmp_path / "run", navigator, "thtb", budget="4")
     assert files["pool"].read_bytes() == before
+
+
+def test_memory_counts_the_prompts_logits_for_a_method_and_for_a_folder_that_hold_them(
+    tmp_path, navigator, monkeypatch
+):
+    files, plans = world(tmp_path), {}
+    for method in ("loss", "tlm"):
+        recipe = {"pool": [{"label": "pool", "path": str(files["pool"])}], "method": {"name": method}, "budget": "6",
+                  "navigator": {"model": str(navigator)}}  # fmt: skip
+        plans[method] = estimate(build_recipe(recipe), Silent()).memory
+    assert plans["tlm"].logits > 1.2 * plans["loss"].logits
+    asked = []
+    monkeypatch.setattr(memory, "fitting_budget", lambda *_, prompts, **__: asked.append(prompts) or 256)
+    for method, out in (("loss", "loss"), ("tlm", "tlm"), ("loss", "tlm")):
+        select({"pool": files["pool"]}, method=method, budget="6", out=tmp_path / out, navigator=navigator, report=False,
+               settings={**SMALL, "collect.tokens_per_batch": "auto"})  # fmt: skip
+    assert asked == [False, True, True]

@@ -16,6 +16,7 @@ import torch
 
 from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
+from gradsift.pipeline.forward import measures_prompts
 from gradsift.pipeline.measure import measured_rows
 from gradsift.pipeline.memory import PassMemory, pass_memory, resident, with_budget
 from gradsift.pipeline.pass_cost import ScreenPlan, pass_work, plan_screen
@@ -159,8 +160,9 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
     parse_budget(recipe.budget)
     prepared = prepare(recipe, method, Clock(progress))
     cost = "gradient" if wants_gradients(prepared) else method.needs.cost_class
+    prompts = measures_prompts(prepared)
     if cost != "text":
-        prepared = with_budget(prepared, measured_rows(prepared), gradients=cost == "gradient")
+        prepared = with_budget(prepared, measured_rows(prepared), gradients=cost == "gradient", prompts=prompts)
     counts = weight_count(prepared.resolved.folder)
     measured = {"pool": sum(row.num_tokens for row in measured_rows(prepared))} if cost != "text" else {}
     if cost == "gradient":
@@ -194,8 +196,12 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
         memory=None
         if cost == "text"
         else pass_memory(
-            prepared, measured_rows(prepared), gradients=cost == "gradient", num_gradients=proxy.num_gradients
-        ),
+            prepared,
+            measured_rows(prepared),
+            gradients=cost == "gradient",
+            num_gradients=proxy.num_gradients,
+            prompts=prompts,
+        ),  # fmt: skip
         held_bytes=resident(),
         tokens_per_batch=prepared.recipe.collect.tokens_per_batch,
         disk_bytes=_disk(prepared, cost),

@@ -68,6 +68,21 @@ def wanted_extras(prepared: Prepared, model: nn.Module, out: Path) -> Extras:
     return Extras("prompt_loss" in names, "alone_loss" in names, layers, start)
 
 
+def measures_prompts(prepared: Prepared, out: Path | None = None) -> bool:
+    """Tell whether the pass measures prompts' losses: the method needs them, or the folder's store holds them.
+
+    Args:
+        prepared: the run's inputs.
+        out: the run folder, which need not exist; None for a fresh one.
+
+    Returns:
+        True where logits are made at the prompts' positions too.
+    """
+    if "prompt_loss" in prepared.method.needs.signals:
+        return True
+    return out is not None and any("prompt_loss" in spec.extras for spec in kept_specs(out / "signals"))
+
+
 def told_apart(prepared: Prepared, extras: Extras, rows: Sequence[TokenRow]) -> tuple[Prepared, Sequence[TokenRow]]:
     """Tell words from the template where the store holds prompt losses and the method did not ask for them.
 

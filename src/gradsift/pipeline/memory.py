@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradsift.data.batches import plan_batches, plan_order
+from gradsift.data.prompts import prompt_mask
 from gradsift.gradients.outline import Kept, trace_kept
 from gradsift.models.adapter import attach_lora
 from gradsift.models.load import resolve_device
@@ -135,7 +136,9 @@ def available(device: str) -> int | None:
     return min(found, default=None)
 
 
-def largest_batch(rows: Sequence[TokenRow], tokens_per_batch: int, rows_per_shard: int, vocabulary: int) -> Batch:
+def largest_batch(
+    rows: Sequence[TokenRow], tokens_per_batch: int, rows_per_shard: int, vocabulary: int, *, prompts: bool = False
+) -> Batch:
     """Find the micro-batch that keeps most, as shards are cut and batches planned.
 
     Args:
@@ -143,6 +146,7 @@ def largest_batch(rows: Sequence[TokenRow], tokens_per_batch: int, rows_per_shar
         tokens_per_batch: the budget.
         rows_per_shard: rows of a shard; no batch is larger.
         vocabulary: weighs positions against tokens: logits are most of what small models keep.
+        prompts: whether prompts' losses are measured, so that logits are made there too.
 
     Returns:
         Its shape; one row of one token where there are no rows.
@@ -153,14 +157,22 @@ def largest_batch(rows: Sequence[TokenRow], tokens_per_batch: int, rows_per_shar
         shard = [rows[int(i)] for i in ordered[start : start + rows_per_shard]]
         for batch in plan_batches(shard, range(len(shard)), tokens_per_batch):
             some = [shard[i] for i in batch]
-            found = Batch(len(some), max(row.num_tokens for row in some), sum(row.num_trained for row in some))
+            positions = sum(_predicted(row) if prompts else row.num_trained for row in some)
+            found = Batch(len(some), max(row.num_tokens for row in some), positions)
             size = found.num_rows * found.length * 4096 + found.num_positions * vocabulary * 3
             if size > most:
                 best, most = found, size
     return best
 
 
-def pass_memory(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool, num_gradients: int = 0) -> PassMemory:
+def _predicted(row: TokenRow) -> int:
+    """Positions of a row at which its own loss or its prompt's is taken; nothing predicts the first token."""
+    return int((row.trained | prompt_mask(row))[1:].sum())
+
+
+def pass_memory(
+    prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool, num_gradients: int = 0, prompts: bool = False
+) -> PassMemory:
     """Work out the peak of a run with its recipe's budget of tokens; loads no weights.
 
     Args:
@@ -168,25 +180,28 @@ def pass_memory(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool
         rows: the pool rows that are measured.
         gradients: whether there is a backward.
         num_gradients: gradients that a proxy keeps beside those of a step.
+        prompts: whether prompts' losses are measured.
 
     Returns:
         The bytes, by what they are for.
     """
-    return _Outline.of(prepared, gradients).memory(prepared, rows, num_gradients)
+    return _Outline.of(prepared, gradients, prompts).memory(prepared, rows, num_gradients)
 
 
-def fitting_budget(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool) -> int:
+def fitting_budget(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool, prompts: bool = False) -> int:
     """Choose the budget of tokens: the largest power of two whose peak fits the memory that is free (ours).
 
     Args:
         prepared: the run's inputs.
         rows: the pool rows that are measured.
         gradients: whether there is a backward.
+        prompts: whether prompts' losses are measured.
 
     Returns:
         Tokens per batch, 256 to 16,384, never more than the rows have; 1,024 where the free memory is not known.
     """
-    outline, room = _Outline.of(prepared, gradients), available(resolve_device(prepared.recipe.navigator.device))
+    outline = _Outline.of(prepared, gradients, prompts)
+    room = available(resolve_device(prepared.recipe.navigator.device))
     if room is None:
         return 1024
     chosen = LEAST
@@ -198,20 +213,21 @@ def fitting_budget(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: b
     return chosen
 
 
-def with_budget(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool) -> Prepared:
+def with_budget(prepared: Prepared, rows: Sequence[TokenRow], *, gradients: bool, prompts: bool = False) -> Prepared:
     """Settle a budget of tokens that the recipe leaves open.
 
     Args:
         prepared: the run's inputs.
         rows: the pool rows that are measured.
         gradients: whether there is a backward.
+        prompts: whether prompts' losses are measured.
 
     Returns:
         The inputs with a number in their recipe, and a remark that says which; unchanged where one was given.
     """
     if prepared.recipe.collect.tokens_per_batch != AUTO:
         return prepared
-    chosen = fitting_budget(prepared, rows, gradients=gradients)
+    chosen = fitting_budget(prepared, rows, gradients=gradients, prompts=prompts)
     note = Note("batch_budget", f"micro-batches of up to {chosen:,} tokens were chosen for the memory that was free")
     return dataclasses.replace(_with_tokens(prepared, chosen), notes=(*prepared.notes, note))
 
@@ -234,9 +250,10 @@ class _Outline:
     gradient: float
     device: str
     traced: bool
+    prompts: bool
 
     @classmethod
-    def of(cls, prepared: Prepared, gradients: bool) -> _Outline:
+    def of(cls, prepared: Prepared, gradients: bool, prompts: bool) -> _Outline:
         """Trace the model for one row of 512 tokens; what is kept grows with tokens and positions alone."""
         navigator, length = prepared.recipe.navigator, 512
         model = outline_model(prepared.resolved, navigator.dtype)
@@ -273,6 +290,7 @@ class _Outline:
             widest,
             resolve_device(navigator.device),
             traced,
+            prompts,
         )
 
     def _kept(self, batch: Batch) -> float:
@@ -282,10 +300,11 @@ class _Outline:
     def memory(self, prepared: Prepared, rows: Sequence[TokenRow], num_gradients: int) -> PassMemory:
         """Fill in the rows."""
         collect = prepared.recipe.collect
-        roles = [(rows, collect.rows_per_shard)]
-        if self.measured:  # directions are built without shards
-            roles += [(source.usable, max(1, len(source.usable))) for source in prepared.directions]
-        batches = [largest_batch(some, collect.tokens_per_batch, each, self.vocabulary) for some, each in roles]
+        tokens, vocabulary = collect.tokens_per_batch, self.vocabulary
+        batches = [largest_batch(rows, tokens, collect.rows_per_shard, vocabulary, prompts=self.prompts)]
+        if self.measured:  # directions are built without shards and without prompts
+            roles = [source.usable for source in prepared.directions]
+            batches += [largest_batch(some, tokens, max(1, len(some)), vocabulary) for some in roles]
         worst = max(batches, key=self._kept)
         needs = prepared.method.needs
         learns = needs.probes is not None or needs.warmup is not None or needs.proxy

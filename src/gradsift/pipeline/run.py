@@ -32,6 +32,7 @@ from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.audit import AuditRows, write_audit
 from gradsift.pipeline.checks import batch_checks, example_rows, sketch_noise
+from gradsift.pipeline.forward import measures_prompts
 from gradsift.pipeline.fsdp import check_fsdp
 from gradsift.pipeline.learner import NavigatorLearner
 from gradsift.pipeline.measure import Measurement, measured_rows, refuse_weak
@@ -108,7 +109,8 @@ def select(
     # An earlier run's recipe stands until this run's results do: it says what the results there were made with.
     write_bytes_atomic(out / NEXT_RECIPE, dump_recipe(recipe).encode("utf-8"))
     if needs_model(recipe, prepared):
-        prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
+        wanted = {"gradients": wants_gradients(prepared, out), "prompts": measures_prompts(prepared, out)}
+        prepared = with_budget(prepared, measured_rows(prepared), **wanted)
     screened = None
     if recipe.screen.by is not None:
         screened = measure_screened(prepared, budget, out, clock)

@@ -18,6 +18,7 @@ from gradsift.launch.worker import Worker, ended_run, joined
 from gradsift.methods import make_method
 from gradsift.pipeline.asked import wants_gradients
 from gradsift.pipeline.checkpoints import measure_trained
+from gradsift.pipeline.forward import measures_prompts
 from gradsift.pipeline.fsdp import check_fsdp
 from gradsift.pipeline.measure import Measurement, measured_rows
 from gradsift.pipeline.memory import with_budget
@@ -105,7 +106,8 @@ def serve(recipe: Recipe, out: Path, seat: Seat, *, run: str | None = None, prog
     prepared = prepare(recipe, method, clock)
     if not needs_model(recipe, prepared):
         return Served(seat.rank, 0, 0)
-    prepared = with_budget(prepared, measured_rows(prepared), gradients=wants_gradients(prepared, out))
+    wanted = {"gradients": wants_gradients(prepared, out), "prompts": measures_prompts(prepared, out)}
+    prepared = with_budget(prepared, measured_rows(prepared), **wanted)
     with (
         _going_home(),
         joined(

@@ -82,7 +82,13 @@ def glm4_moe():
 
 
 FAMILIES = {f.__name__: f for f in (mixtral, qwen2_moe, qwen3_moe, gpt_oss, granite_moe, deepseek_v3, glm4_moe)}
-WHOLE = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe"}  # every weight is measured; the others are told what is not
+WHOLE = {
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "glm4_moe",
+}  # every weight is measured; the others are told what is not
 
 
 def made(name, seed=0):

@@ -12,7 +12,10 @@ from tests.toy import TOYS, toy_llama
 
 from gradsift.data.batches import plan_batches
 from gradsift.errors import ConfigError
+from gradsift.gradients.collect import Pass, measure_shard
+from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.outline import trace_kept
+from gradsift.gradients.taps import Extras
 from gradsift.pipeline import memory
 from gradsift.pipeline.memory import PassMemory, available, fitting_budget, largest_batch, resident, with_budget
 from gradsift.recipe import AUTO, CollectConfig, apply_overrides, build_recipe, dump_recipe
@@ -88,6 +91,25 @@ def test_the_largest_batch_is_one_that_is_planned():
     assert largest_batch(rows, 10_000, 64, 1000).num_rows == 7
 
 
+@pytest.mark.parametrize("template", [None, 5])
+def test_positions_are_those_at_which_logits_are_made_prompts_included(template):
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        frame = None if template is None else np.arange(50) < template
+        ids = generator.integers(4, 200, 50)
+        rows.append(TokenRow(f"r{i}", ids, np.arange(50) >= 46, 50, RowStatus.OK, template=frame))
+    model = toy_llama()
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda *given: seen.append(given[2].shape[1]))
+    for prompts in (True, False):
+        with GradientEngine(model, ()) as engine:
+            measure_shard(Pass(engine, (), 200, 3, gradients=False, extras=Extras(prompt=prompts)), rows)
+        assert largest_batch(rows, 200, 64, 260, prompts=prompts).num_positions == max(seen)
+        seen.clear()
+    assert largest_batch(rows, 200, 64, 260).num_positions == 16
+
+
 def test_the_peak_is_the_larger_of_loading_and_the_pass():
     part = PassMemory(held=100, weights=10, loading=0, directions=4, activations=50, logits=5)
     rest = memory.TILES + memory.FIRST_USE
@@ -118,7 +140,7 @@ def test_auto_takes_the_largest_budget_that_fits(monkeypatch, room):
 
     recipe = build_recipe({"pool": [{"label": "a", "path": "a.jsonl"}], "method": {"name": "norm"}, "budget": "5",
                            "collect": {"tokens_per_batch": "auto"}, "navigator": {"device": "cpu"}})  # fmt: skip
-    monkeypatch.setattr(memory._Outline, "of", classmethod(lambda cls, prepared, gradients: Linear()))
+    monkeypatch.setattr(memory._Outline, "of", classmethod(lambda cls, prepared, gradients, prompts: Linear()))
     monkeypatch.setattr(memory, "available", lambda device: room)
 
     @dataclasses.dataclass(frozen=True)
