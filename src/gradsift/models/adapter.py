@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from gradsift.recipe import LoraConfig
 from gradsift.seeds import stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
     from peft import PeftModel
@@ -43,10 +44,12 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
         The model with its adapter; only the adapter requires gradients.
 
     Raises:
-        ConfigError: the target modules are not in the model; some names are listed.
+        ConfigError: a target module is not in the model, or is none that gets matrices A and B; some names are listed.
     """
     import torch
     from peft import get_peft_model
+
+    names = _linear_names(model)
 
     try:
         # Building the layers draws from torch's global generator; what it drew is replaced below.
@@ -54,15 +57,10 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             warnings.filterwarnings("ignore", category=FutureWarning)  # of peft towards transformers
             adapted = get_peft_model(model, _peft_config(model, lora))
-    except ValueError as error:
-        linear = sorted({name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
-        raise ConfigError(
-            "the adapter cannot be attached",
-            where="navigator.lora.target_modules",
-            got=f"{lora.target_modules}: {' '.join(str(error).split())[:160]}",
-            expected=f"all-linear, or names such as {', '.join(linear[:12])}",
-            do="correct the names",
-        ) from None
+    except (ValueError, re.error) as error:
+        got = f"{lora.target_modules}: {' '.join(str(error).split())[:160]}"
+        raise _wrong_targets("the adapter cannot be attached", got, names) from None
+    _check_targets(adapted, lora, names)
     with torch.no_grad():
         for name, parameter in adapter_parameters(adapted):
             if ".lora_B." in name:
@@ -74,6 +72,40 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
             parameter.copy_(torch.from_numpy(draws).float())
     adapted.eval()
     return adapted  # pyright: ignore[reportReturnType]
+
+
+def _linear_names(model: torch.nn.Module) -> list[str]:
+    """Last parts of the names of layers that can be adapted."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+
+
+def _check_targets(adapted: PeftModel, lora: LoraConfig, names: Sequence[str]) -> None:
+    """Every name that is listed adapts a layer, and every adapted layer has the matrices that are seeded and measured."""
+    layers = {
+        name.removeprefix("base_model.model."): module for name, module in adapted.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    }  # fmt: skip
+    listed = () if isinstance(lora.target_modules, str) else lora.target_modules
+    unmet = [one for one in listed if not any(name == one or name.endswith(f".{one}") for name in layers)]
+    if unmet:
+        raise _wrong_targets("a target module of the adapter is not in the model", ", ".join(unmet), names)
+    without = [name for name, module in layers.items() if not (module.lora_A and module.lora_B)]
+    if without:
+        what = "an adapter of a table has no matrices A and B that are measured"
+        raise _wrong_targets(what, ", ".join(without[:5]), names)
+
+
+def _wrong_targets(what: str, got: str, names: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        what,
+        where="navigator.lora.target_modules",
+        got=got,
+        expected=f"all-linear, or names or a regular expression of linear layers such as {', '.join(names[:12])}",
+        do="correct the names",
+    )
 
 
 def _peft_config(model: PreTrainedModel, lora: LoraConfig) -> Any:

@@ -201,7 +201,7 @@ def estimate(recipe: Recipe, progress: Progress) -> Plan:
             gradients=cost == "gradient",
             num_gradients=proxy.num_gradients,
             prompts=prompts,
-        ),  # fmt: skip
+        ),
         held_bytes=resident(),
         tokens_per_batch=prepared.recipe.collect.tokens_per_batch,
         disk_bytes=_disk(prepared, cost),

@@ -12,7 +12,7 @@ from gradsift.recipe import LoraConfig
 LORA = LoraConfig(rank=4, alpha=6.0)
 
 
-def llama(width=32, layers=2):
+def llama(width=32, layers=2, tied=True):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -21,7 +21,7 @@ def llama(width=32, layers=2):
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -119,6 +119,27 @@ def test_dtypes():
 def test_unknown_modules_are_refused_with_names():
     with pytest.raises(ConfigError, match=r"target_modules[\s\S]*q_proj"):
         attach_lora(llama(), LoraConfig(target_modules=("nosuch",)), 0)
+
+
+@pytest.mark.parametrize(("targets", "got"), [
+    (("q_proj", "v_porj"), "v_porj"),
+    (("q_proj", "embed_tokens"), "embed_tokens"),
+    (("embed_tokens",), "embed_tokens"),
+    (".*(q_proj|embed_tokens)", "embed_tokens"),
+    ("*_proj", "nothing to repeat"),
+])  # fmt: skip
+def test_every_name_must_give_matrices_that_are_measured(targets, got):
+    with pytest.raises(ConfigError, match="target_modules") as refused:
+        attach_lora(llama(tied=False), LoraConfig(target_modules=targets), 0)
+    assert got in refused.value.got
+    assert "q_proj" in refused.value.expected
+
+
+def test_names_may_be_paths_and_patterns():
+    layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    for targets in (("layers.1.self_attn.q_proj",), ("model.layers.1.self_attn.q_proj",), r".*layers\.1.*q_proj"):
+        adapted = attach_lora(llama(tied=False), LoraConfig(target_modules=targets), 0)
+        assert {name.partition(".lora_")[0] for name, _ in adapter_parameters(adapted)} == {layer}
 
 
 def warm(make=llama):
