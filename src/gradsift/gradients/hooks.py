@@ -100,8 +100,9 @@ class GradientEngine:
             gradients are those of the rest.
 
     Raises:
-        ConfigError: the prompt is to be held constant, and embeddings are asked for or the model keeps a state.
-        ModelError: the model has no LM head that can be hooked.
+        ConfigError: the prompt is to be held constant, and embeddings are asked for or the model keeps a state; or no rule
+            reads any of ``names``.
+        ModelError: the model has no LM head that can be hooked, or has a DoRA adapter.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ class GradientEngine:
         self._uses: dict[nn.Module, list[_Use]] = defaultdict(list)
         self._rules: dict[nn.Module, LayerRule] = {}
         self.uncovered = self._map_parameters(set(names))
+        if names:
+            self._refuse_unmeasured()
         for name, block in self.blocks.items():
             if directions:
                 block.directions = directions[name]
@@ -234,6 +237,25 @@ class GradientEngine:
                 self._rules[module] = rule
                 covered.add(name)
         return tuple(sorted(wanted - covered))
+
+    def _refuse_unmeasured(self) -> None:
+        if not self.blocks:
+            raise ConfigError(
+                "no layer rule reads any of the chosen parameters",
+                where="navigator.parameters",
+                got=", ".join(self.uncovered[:5]),
+                expected="some of linear layers, embeddings, norms or experts",
+                do="choose other parameters; gradsift doctor names those that are not read",
+            )
+        for name, module in self.model.named_modules():
+            if len(getattr(module, "lora_magnitude_vector", ())):
+                raise ModelError(
+                    "an adapter with magnitudes (DoRA) is not measured: its output is no sum of products",
+                    where=name,
+                    got="lora_magnitude_vector",
+                    expected="a plain LoRA adapter",
+                    do="make the adapter with use_dora=False, or merge it into the model",
+                )
 
     def _weight_block(self, module: nn.Module) -> Block | None:
         return next((use.block for use in self._uses.get(module, ()) if use.local == "weight"), None)

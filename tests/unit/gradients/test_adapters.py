@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.toy import VOCABULARY, toy_gpt2, toy_llama
 
+from gradsift.errors import ModelError
 from gradsift.gradients import adapters
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
+from gradsift.models.parameters import choose_parameters
 
 
 def adapted(kind, dtype=torch.float64, *, scaling=2.0, **settings):
@@ -153,3 +155,12 @@ def test_layers_are_as_before_after_an_error():
     with pytest.raises(RuntimeError, match="stop"):
         broken()
     assert not any("forward" in vars(module) for module in layers(model))
+
+
+def test_dora_is_refused_by_name():
+    settings = {"r": 4, "target_modules": "all-linear", "use_dora": True, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(toy_llama(), LoraConfig(**settings))
+    with pytest.raises(ModelError, match="DoRA") as refused:
+        GradientEngine(model, choose_parameters(model, "lora").names)
+    assert "q_proj" in refused.value.where
+    GradientEngine(model, ())  # a forward alone is the model's own

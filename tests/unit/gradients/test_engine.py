@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.toy import TOYS, VOCABULARY, toy_gpt2, toy_llama
 
+from gradsift.errors import ConfigError
 from gradsift.gradients import project
 from gradsift.gradients.blocks import Block, Dense, Outer, Totals
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient, finite_difference
 from gradsift.gradients.project import Projector, sketch_reference
+from gradsift.models.parameters import choose_parameters
 
 PROJECTOR = Projector(seed=7, dim=61)
 
@@ -261,3 +263,18 @@ def test_mixed_uses_without_a_rule_are_refused():
     flat = Outer(torch.ones(1, 2), torch.ones(1, 2), (1,), (0,))
     with pytest.raises(AssertionError, match="w"):
         block.measure([flat, Dense(torch.ones(1, 4))], totals)
+
+
+@pytest.mark.parametrize("edges", [True, False])
+def test_parameters_that_no_rule_reads_are_refused_where_nothing_else_is_chosen(edges):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 260, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=3))
+    names = choose_parameters(model, ("*embed_positions*",)).names
+    with pytest.raises(ConfigError, match="no layer rule") as refused:
+        GradientEngine(model, names, edges=edges)
+    assert refused.value.got == "model.decoder.embed_positions.weight"
+    assert refused.value.where == "navigator.parameters"
+    more = choose_parameters(model, ("*embed_positions*", "*fc1*")).names
+    assert GradientEngine(model, more, edges=edges).uncovered == names
