@@ -184,13 +184,7 @@ def _load_model(resolved: Resolved, dtype: Any) -> tuple[PreTrainedModel, Sequen
                 output_loading_info=True,
             )  # pyright: ignore[reportGeneralTypeIssues] - with output_loading_info it returns a pair
     except Exception as error:  # transformers raises many kinds for files it does not know
-        raise ModelError(
-            "the model cannot be loaded",
-            where=f"--navigator {resolved.name}",
-            got=short(error),
-            expected="a causal language model that transformers knows without running code of the model",
-            do="give another --navigator",
-        ) from None
+        raise not_loaded(resolved, error) from None
     wrong = sorted(str(key) for group in ("missing_keys", "mismatched_keys") for key in info.get(group) or ())
     if wrong:
         raise ModelError(
@@ -200,6 +194,25 @@ def _load_model(resolved: Resolved, dtype: Any) -> tuple[PreTrainedModel, Sequen
             do="download the model again, or give the whole causal language model",
         )
     return model, sorted(str(key) for key in info.get("unexpected_keys") or ())
+
+
+def not_loaded(resolved: Resolved, error: Exception) -> ModelError:
+    """Say that transformers cannot make a model of a folder.
+
+    Args:
+        resolved: a navigator that was found.
+        error: what transformers raised.
+
+    Returns:
+        The refusal.
+    """
+    return ModelError(
+        "the model cannot be loaded",
+        where=f"--navigator {resolved.name}",
+        got=short(error),
+        expected="a causal language model that transformers knows without running code of the model",
+        do="give another --navigator",
+    )
 
 
 def weights_key(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gradsift.models.load import not_loaded
 from gradsift.models.resolve import Resolved
 
 if TYPE_CHECKING:
@@ -18,16 +19,21 @@ def outline_model(resolved: Resolved, dtype: str) -> PreTrainedModel:
         dtype: float32, bfloat16 or float64.
 
     Returns:
-        The model on the meta device, frozen, with tied tables tied. What transformers raises for a configuration that it
-        does not know is let through.
+        The model on the meta device, frozen, with tied tables tied.
+
+    Raises:
+        ModelError: transformers does not know the configuration, or needs code of the model; as for loading it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False
-        )
+    try:
+        config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises many kinds for files it does not know
+        raise not_loaded(resolved, error) from None
     model.config.use_cache = False
     return model.eval().requires_grad_(False)

