@@ -117,6 +117,19 @@ def read(module: nn.Module) -> Adapted | None:
     return Adapted(base, b.out_features, a, b, float(layer.scaling[name]))
 
 
+def of_parameters(model: nn.Module) -> set[nn.Module]:
+    """Find the A and B that peft adds to a weight itself, those of fused experts: no token passes through them.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Their modules, whose gradients cannot be measured here.
+    """
+    wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    return {one for wrapper in wrappers for half in (wrapper.lora_A, wrapper.lora_B) for one in half.modules()}
+
+
 @contextmanager
 def stepping(module: nn.Module, layer: Adapted, tracks: Callable[[Tensor], bool], arrived: Arrived) -> Iterator[None]:
     """Let an adapted layer run as one step until the context ends.

@@ -222,8 +222,9 @@ class GradientEngine:
         """Find the module and rule of each wanted parameter; return the names that no rule covers."""
         first_name = {id(p): name for name, p in self.model.named_parameters()}
         covered = set()
+        unseen = adapters.of_parameters(self.model)
         for module in self.model.modules():
-            rule = rule_for(module)
+            rule = None if module in unseen else rule_for(module)
             for local, parameter in module.named_parameters(recurse=False):
                 name = first_name[id(parameter)]
                 if name not in wanted or rule is None:

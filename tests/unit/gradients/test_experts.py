@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.toy import COMMON, _finish
 from tests.unit.gradients.test_engine import PROJECTOR, batch, random_directions
 from torch import nn
@@ -221,6 +224,28 @@ def test_a_router_meets_a_row_that_is_not_finite_first_and_sets_that_row_alone_a
         want = [measure_shard(run, [row]).grad_norm[0] for row in rows if row.id != "r1"]
     assert got.status == (RowStatus.OK, RowStatus.NONFINITE_LOSS, RowStatus.OK, RowStatus.OK)
     np.testing.assert_allclose(got.grad_norm[[0, 2, 3]], want, rtol=1e-5)
+
+
+def test_an_adapter_on_fused_experts_is_told_as_not_read():
+    """Peft adds such an adapter to the weight itself: its A and B see no token."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft speaks of patterns that it set itself
+        config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+        model = get_peft_model(made("mixtral"), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.fill_(0.1)
+    names = choose_parameters(model, "lora").names
+    engine = GradientEngine(model, names)
+    assert set(engine.uncovered) == {name for name in names if ".experts." in name}
+    assert engine.uncovered
+    ids, labels, lengths = batch([9, 6])
+    with engine:
+        got = engine.measure(ids, labels, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        by_name = example_gradient(model, list(engine.blocks), ids[b, :n], labels[b, :n]).by_name
+        assert float(got.square[b]) == pytest.approx(sum(float(g.square().sum()) for g in by_name.values()), rel=1e-5)
 
 
 def test_experts_are_told_from_other_modules():
