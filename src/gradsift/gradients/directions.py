@@ -59,6 +59,7 @@ def build_direction(
     tokens_per_batch: int,
     pad_id: int,
     tick: Callable[[int, int], None] = lambda rows, tokens: None,
+    before: Callable[[Sequence[TokenRow]], None] = lambda rows: None,
     embedding: bool = False,
     first_layer: int | None = None,
     trained_only: bool = False,
@@ -74,6 +75,7 @@ def build_direction(
         tokens_per_batch: longest row times rows of a micro-batch.
         pad_id: padding token.
         tick: called with rows and tokens done.
+        before: called with the rows of every micro-batch before it is measured.
         embedding: also keep the rows' embeddings.
         first_layer: where the backward stops; None for the embedding.
         trained_only: hold what stands before the first trained token constant.
@@ -94,6 +96,7 @@ def build_direction(
     with engine:
         for batch in plan_batches(ordered, range(len(ordered)), tokens_per_batch):
             some = [ordered[i] for i in batch]
+            before(some)
             tokens = collate(some, range(len(some)), pad_id)
             got = engine.measure(tokens.input_ids.to(device), tokens.labels.to(device), tokens.lengths)
             assert got.sketch is not None

@@ -19,6 +19,7 @@ from gradsift.launch.flight import (
     Flight,
     Watchdog,
     fallen,
+    flying,
     forget,
     gather,
     is_condemned,
@@ -156,14 +157,8 @@ class Bench:
         """
         if self.flight is None:
             return self.measure(unit.rows)
-        try:
-            with self.dog:
-                result = measure_unit(self.measure, unit.rows, fallen(self.folder))
-        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-            self.flight.land()  # this is an end in good order
-            raise
-        self.flight.land()
-        return result
+        with flying(self.flight), self.dog:
+            return measure_unit(self.measure, unit.rows, fallen(self.folder))
 
     def set_aside(self, unit: Unit, falls: Sequence[Fall]) -> tuple[ShardResult | None, Unit | None]:
         """Part a unit into rows that are not tried again and the others.

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,6 +86,24 @@ class Flight:
                 os.close(self._handle)
                 self._handle = -1
             self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def flying(flight: Flight) -> Iterator[None]:
+    """Take the note back when the work ends in good order, an exception included.
+
+    Args:
+        flight: the note.
+
+    Yields:
+        None: nothing.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        flight.land()
+        raise
+    flight.land()
 
 
 class Watchdog:

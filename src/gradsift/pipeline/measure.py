@@ -37,7 +37,7 @@ from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
 from gradsift.gradients.upper import Upper, choose_upper
 from gradsift.launch.bench import Bench
-from gradsift.launch.flight import Flight, Watchdog
+from gradsift.launch.flight import Flight, Watchdog, flying, forget, gather
 from gradsift.manifest import hash_parts, make_folder, versions
 from gradsift.models.adapter import attach_lora
 from gradsift.models.load import Navigator, load_navigator
@@ -365,7 +365,14 @@ def _directions(
     make_folder(folder)
     make_folder(place)
     built = []
-    with clock.stage("anchors", sum(r.num_tokens for s in prepared.directions for r in s.usable)):
+    flight, dog = Flight(place), Watchdog(recipe.collect.hang_seconds)
+
+    def noted(rows: Sequence[TokenRow]) -> None:
+        flight.write(rows)
+        dog.pet()
+
+    _tell_deaths(place, prepared, clock)
+    with clock.stage("anchors", sum(r.num_tokens for s in prepared.directions for r in s.usable)), flying(flight), dog:
         for source in prepared.directions:
             digest = hash_parts([source.name.encode(), source.digest.encode()])
             found = load_direction(source.name, place, digest, device)
@@ -379,13 +386,28 @@ def _directions(
                     tokens_per_batch=recipe.collect.tokens_per_batch,
                     pad_id=prepared.pad_id,
                     tick=lambda n, tokens: clock.tick("anchors", n, tokens),
+                    before=noted,
                     embedding=embeds and source is prepared.target,
                     first_layer=engine.first_layer,
                     trained_only=engine.trained_only,
                 )
                 save_direction(found, place, digest)
             built.append(found)
+    forget(place)
     return built
+
+
+def _tell_deaths(place: Path, prepared: Prepared, clock: Clock) -> None:
+    """Name the rows of anchors and target over which earlier processes died: a direction cannot do without its rows."""
+    deaths: Counter[frozenset[str]] = Counter(fall.rows for fall in gather(place, frozenset()))
+    for rows, count in deaths.most_common(3):
+        names = [source.name for source in prepared.directions if rows & {row.id for row in source.usable}]
+        some = ", ".join(sorted(rows)[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        died = "an earlier process" if count == 1 else f"{count} earlier processes"
+        clock.progress.say(
+            f"{died} died while measuring these rows of {', '.join(names) or 'an anchor'}: {some}; if this one does too, look at "
+            "them with gradsift inspect and take the one that kills out of the file"
+        )
 
 
 def _collect(
