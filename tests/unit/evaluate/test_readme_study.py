@@ -99,6 +99,23 @@ def test_the_figures_of_the_other_methods():
     assert f"(`docs/results/deep-ogs`): {gap(ogs)}" in text
 
 
+def test_the_figures_of_the_methods_that_were_left():
+    text = " ".join(section().split()).partition("And on processor cores")[2]
+    rest = {one["arm"]: one["interval"] for one in found("deep-family-rest")["against_random"]}
+    cost = {arm["name"]: f"{arm['spent']['relative']:.1f}" for arm in found("deep-family-rest")["arms"]}
+    assert {one["n"] for one in rest.values()} == {10}
+    for arm, interval in rest.items():
+        assert f"`{arm}` {gap(interval)}" in text
+        assert (interval["high"] < 0) == (arm in ("dids", "doge", "doremi"))
+        assert interval["low"] < 0
+    assert cost["grad_match"] == cost["grad_match_partitioned"]
+    assert f"at {cost['grad_match']} times the cost" in text
+    assert f"at {cost['dids']}, {cost['doge']} and {cost['doremi']} times its cost" in text
+    right = {arm["name"]: f"{arm['shares']['clean']:.0%}" for arm in found("deep-family-rest")["arms"]}
+    told = "right medical rows {dids}, {doge} and {doremi} of the chosen ones, random's {random}.".format(**right)
+    assert told in text
+
+
 def test_how_far_the_end_token_moved_the_start_is_told():
     starts: dict[str, dict[int, np.ndarray]] = {}
     for folder in ("deep-medical", "deep-family"):
