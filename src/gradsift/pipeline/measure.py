@@ -433,7 +433,8 @@ def _collect(
         return
     with open_writer(folder, spec, made_by=made_by) as writer, run.engine:
         _adopt_left(bench, writer, clock)
-        done = _committed(prepared, writer, folder)
+        done = _committed(prepared, writer)
+        _refuse_removed(prepared, writer, int(done.sum()), folder)
         index = prepared.pool.pool.index
         todo, left, some = 0, 0, []
         for row in rows:
@@ -482,15 +483,20 @@ def _widths(run: Pass, spec: GradientSpec) -> dict[str, int]:
     return {name: size for name in spec.signals if name == "embedding" or name.startswith("hidden_")}
 
 
-def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> Bool[np.ndarray, " N"]:
-    """Say which rows of the pool are committed; refuse where more is committed than the pool holds."""
+def _committed(prepared: Prepared, writer: SignalWriter) -> Bool[np.ndarray, " N"]:
+    """Say which rows of the pool are committed."""
     index, done = prepared.pool.pool.index, np.zeros(len(prepared.pool.pool), dtype=bool)
     if len(writer.committed_ids()):
         for start in range(0, len(done), LOOKED_UP):
             ids = list(islice(index.names(start), LOOKED_UP))
             done[start : start + len(ids)] = [content is not None for content in writer.contents(ids)]
-    if done.sum() < len(writer.committed_ids()):
-        gone = sorted(row for row in writer.committed_ids() if row not in index)
+    return done
+
+
+def _refuse_removed(prepared: Prepared, writer: SignalWriter, num_found: int, folder: Path) -> None:
+    """Refuse where more is committed than the pool holds."""
+    if num_found < len(writer.committed_ids()):
+        gone = sorted(row for row in writer.committed_ids() if row not in prepared.pool.pool.index)
         raise DataError(
             "rows that were measured earlier are no longer in the pool",
             where=str(folder),
@@ -498,7 +504,6 @@ def _committed(prepared: Prepared, writer: SignalWriter, folder: Path) -> Bool[n
             expected="the same rows, or more of them",
             do="use another --out, or restore the pool file",
         )
-    return done
 
 
 def _facts(direction: BuiltDirection, prepared: Prepared, seed: int) -> Direction:
