@@ -130,5 +130,5 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
 
 TRIAL = Trial(
     "R13", "append, reorder, edit, delete, repeat an id, change the encoding between two runs",
-    "append = only new ids; reorder = same rows; the rest refused; 6/6", measure, judge, (WAVED,), {"rows": 20}, slow=True,
+    "append = only new ids; reorder = same rows; the rest refused; 6/6", measure, judge, (WAVED,), {"rows": 20},
 )  # fmt: skip
