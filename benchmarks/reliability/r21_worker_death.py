@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from benchmarks.reliability.frame import Check, Outcome, Trial
 from benchmarks.reliability.runs import room, world_in
 from tests.launched import finish, measured, script, start, store_rows, stub_bench, stub_rows, wait_for, words
@@ -27,6 +28,9 @@ from gradsift.launch.lead import leading
 from gradsift.launch.life import Watch
 from gradsift.launch.seat import Seat
 from gradsift.launch.worker import joined
+from gradsift.store.ledger import read_ledger
+from gradsift.store.reading import decode_rows
+from gradsift.store.spec import read_spec
 from gradsift.store.writer import open_writer
 
 NOBODY_GONE = "nobody is ever believed gone"
@@ -35,6 +39,7 @@ NO_DOG = "no process watches itself"
 KILLED, FAULT, HANG = "killed by kill -9", "a row that segfaults", "a process that hangs"
 CASES = (KILLED, FAULT, HANG)
 NOTICE, HANG_SECONDS = 5.0, 1.0
+REL = 1e-6  # as in R17: neighbors of a row that is set aside, bit for bit only at equal shapes
 
 
 class Forks:
@@ -211,9 +216,32 @@ def real(case: str, folder: Path, whole: Mapping[str, tuple]) -> dict[str, Any]:
         finished = False
     stop.set()
     got = store_rows(out)
-    wrong = [name for name in whole if not (case == FAULT and name == bad) and got.get(name) != whole[name]]
-    return {"finished": finished, **timed(at, seen), "rows_wrong": len(wrong),
+    others = [name for name in whole if not (case == FAULT and name == bad)]
+    # Without the row that kills, the rows of its unit stand in a micro-batch of another shape and round in another way.
+    neighbors = unit_of(out, bad) if case == FAULT else frozenset()
+    moved = [name for name in others if got.get(name) != whole[name]]
+    wrong = [name for name in moved if not (name in neighbors and name in got and near(got[name], whole[name]))]
+    return {"finished": finished, **timed(at, seen), "rows_wrong": len(wrong), "neighbors_rounded": len(moved) - len(wrong),
             "status_of_bad": got[bad][1] if case == FAULT else None}  # fmt: skip
+
+
+def unit_of(out: Path, name: str) -> frozenset[str]:
+    """Ids of the rows that were committed with a row."""
+    (folder,) = (out / "signals").iterdir()
+    spec = read_spec(folder)
+    assert spec is not None
+    units = (decode_rows(folder, record, spec).ids for record in read_ledger(folder, spec.key).records)
+    return frozenset(next(ids for ids in units if name in ids))
+
+
+def near(one: tuple, other: tuple) -> bool:
+    """Whether two rows of a store are equal but for rounding: loss, norms and dots to 1e-6, the sketch to a step of float16."""
+    if one[:2] != other[:2]:
+        return False
+    pairs = zip(one[2:-1], other[2:-1], strict=True)
+    close = all(np.allclose(*map(np.frombuffer, pair), rtol=REL, atol=0, equal_nan=True) for pair in pairs)
+    a, b = (np.frombuffer(row[-1], dtype=np.float32) for row in (one, other))
+    return close and bool(np.allclose(a, b, rtol=2.0**-10, atol=1e-7))
 
 
 def measure(full: bool, defect: str) -> dict[str, Any]:
@@ -243,7 +271,14 @@ def judge(figures: Mapping[str, Any]) -> Outcome:
         good = [c for c, f in found.items() if f["finished"] and f["rows_wrong"] == 0]
         bad = [c for c in found if c not in good]
         what = f"{kind}: runs that end with all other rows as one process gives them"
-        checks.append(Check(what, f"{len(good)}/{len(found)}" + "".join(f", not: {c}" for c in bad), "all", not bad))
+        rounded = sum(f.get("neighbors_rounded", 0) for f in found.values())
+        seen = f"{len(good)}/{len(found)}" + "".join(f", not: {c}" for c in bad)
+        seen += (
+            f" ({rounded} of the unit of the row that segfaults, measured without it, within {REL:g})"
+            if rounded
+            else ""
+        )
+        checks.append(Check(what, seen, "all", not bad))
         dead = [f for c, f in found.items() if c != FAULT and not (kind == "ray" and c == HANG)]
         told = [f["noticed_after"] for f in dead if f["noticed_after"] is not None]
         again = [f["given_again_after"] for f in dead if f["given_again_after"] is not None]
