@@ -218,7 +218,7 @@ def real(case: str, folder: Path, whole: Mapping[str, tuple]) -> dict[str, Any]:
     got = store_rows(out)
     others = [name for name in whole if not (case == FAULT and name == bad)]
     # Without the row that kills, the rows of its unit stand in a micro-batch of another shape and round in another way.
-    neighbors = unit_of(out, bad) if case == FAULT else frozenset()
+    neighbors = unit_of(folder / "whole", bad) if case == FAULT else frozenset()
     moved = [name for name in others if got.get(name) != whole[name]]
     wrong = [name for name in moved if not (name in neighbors and name in got and near(got[name], whole[name]))]
     return {"finished": finished, **timed(at, seen), "rows_wrong": len(wrong), "neighbors_rounded": len(moved) - len(wrong),
