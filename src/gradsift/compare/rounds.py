@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from gradsift.compare.arms import build_settings, draw_replay, rescoring
+from gradsift.compare.arms import EVALUATION_TOKENS, build_settings, draw_replay, rescoring
 from gradsift.errors import NumericsError
+from gradsift.evaluate.losses import evaluate_rows
 from gradsift.train.loop import Loop
 from gradsift.train.parts import Cost
 from gradsift.train.rounds import Board, RoundsConfig, play_rounds
@@ -40,6 +41,16 @@ class RoundRun:
     extra: Mapping[str, float]
     notes: tuple[str, ...] = ()
     diverged_after: int | None = None
+
+
+def _is_finite(desk: Desk, model: nn.Module) -> bool:
+    """Whether a model has finite losses on the held-out rows."""
+    try:
+        for held_out in desk.world.evaluations:
+            evaluate_rows(model, held_out.rows, pad_id=desk.world.pad_id, tokens_per_batch=EVALUATION_TOKENS)
+    except NumericsError:
+        return False
+    return True
 
 
 def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun:
@@ -80,7 +91,7 @@ def train_in_rounds(desk: Desk, arm: ArmSpec, grid: Grid, lr: float) -> RoundRun
             draw=desk.stream("select/random"),
         )
     except NumericsError:
-        if not loop.losses:  # the starting weights are to blame
+        if not loop.losses or _is_finite(desk, model):  # something else is to blame than training
             raise
         return RoundRun(model, (), {"train": loop.cost}, {}, diverged_after=len(loop.losses))
     extra = {"num_halved": float(sum(r.num_halved for r in played.rounds))}

@@ -11,10 +11,11 @@ import torch
 from tests.mini import BUDGET, desk
 
 from gradsift.compare import cell as cell_module
+from gradsift.compare import rounds as rounds_module
 from gradsift.compare.arms import ArmSpec, Desk
 from gradsift.compare.cell import Grid, measure_point, run_cell, with_total
 from gradsift.compare.rounds import train_in_rounds
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, DataError, NumericsError
 from gradsift.models.adapter import attach_lora
 from gradsift.recipe import LoraConfig
 from gradsift.train.penalties import adapted_layers
@@ -199,6 +200,16 @@ def test_a_learning_rate_that_diverges_costs_its_own_point_alone(shared, arm):
 def test_a_cell_whose_every_rate_diverges_is_a_cell(shared):
     cell = run_cell(shared, ROUNDS, replace(GRID, lrs=(1e30,)))
     assert (cell.num_rows, dict(cell.shares), cell.points[0].diverged) == (0, {}, True)
+
+
+def test_a_failure_in_rounds_that_is_no_divergence_is_a_failure(shared, monkeypatch):
+    def fails(loop, board, config, **_):
+        loop.step(list(shared.world.pool[:2]))
+        raise NumericsError("a small linear program did not solve")
+
+    monkeypatch.setattr(rounds_module, "play_rounds", fails)
+    with pytest.raises(NumericsError, match="linear program"):
+        run_cell(shared, ROUNDS, ONE)
 
 
 def test_an_arm_that_chooses_nothing_is_refused(shared):
