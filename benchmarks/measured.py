@@ -39,6 +39,10 @@ INTRODUCTIONS = {
         "In the [text world](../results/README.md) (a small model that has read no medical text "
         f"{TEXT}, the method's own defaults, tried nowhere before); {LOSSES}, {FIGURES}"
     ),
+    "family-text-rest": (
+        "In the [text world](../results/README.md) (a small model that has read no medical text "
+        f"{TEXT}, the method's own defaults; the rows have no prompts, no domain labels and no columns of scores); {LOSSES}, {FIGURES}"
+    ),
     "deep-medical": f"{DEEP.replace('DOMAIN', 'medical')} {LOSSES}, {FIGURES}",
     "deep-legal": f"{DEEP.replace('DOMAIN', 'legal')} {LOSSES}, {FIGURES}",
     "deep-financial": f"{DEEP.replace('DOMAIN', 'financial')} {LOSSES}, {FIGURES}",

@@ -141,6 +141,15 @@ def test_what_the_page_of_ogs_says_of_its_cells_is_what_they_hold():
     assert "on four of them no policy kept the limit" in text
 
 
+def test_what_the_page_of_daar_says_of_its_refusals_is_what_they_hold():
+    missing = json.loads((ROOT / "docs/results/family-text-rest/results.json").read_text("utf-8"))["missing"]
+    shares = [re.search(r"([0-9.]+) of 40 held-out rows", one["why"]) for one in missing if one["arm"] == "daar"]
+    right = sorted(found[1] for found in shares if found)
+    assert len(right) == len(shares) == 6
+    told = f"On the other six seeds its probe refused: {right[0]} to {right[-1]} of 40 held-out rows labeled right"
+    assert told in " ".join(sections("daar")[LAST].split())
+
+
 def figures() -> dict[str, list[str]]:
     """Figures that the prose of an example gives, from the formulas and not from the method."""
     problem, dual = toy(), choose("ogs_dual")
