@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from worlds import NUM_DIRECTIONS, Batch, backward, body_weights, freeze, random_directions, row_losses, share
 
+from gradsift.gradients import products
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.project import Projector
 
@@ -29,6 +32,7 @@ class Arm:
         returns: what one pass returns for each example.
         against: key of the arm whose seconds divide this one's.
         cosines: exact cosines [B, M] of the last batch, for arms that have them.
+        head: whether the gradient of the head's weight is part of the work.
     """
 
     key: str
@@ -36,6 +40,7 @@ class Arm:
     returns: str
     against: str = "plain"
     cosines: Tensor | None = field(default=None, repr=False)
+    head: bool = field(default=False, repr=False)
 
     def before(self) -> None:
         """Do untimed clean-up before each batch."""
@@ -51,15 +56,53 @@ class Arm:
 class Plain(Arm):
     """Ordinary training's forward and backward: the gradient of the batch, every weight."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__("plain", "plain forward+backward", "batch gradient")
+    def __init__(self, model: nn.Module, key: str = "plain", label: str = "", *, head: bool = True) -> None:
+        super().__init__(key, label or "plain forward+backward", "batch gradient", head=head)
         self.model = share(model)
 
     def before(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
     def step(self, batch: Batch) -> None:
-        backward(self.model, batch)
+        backward(self.model, batch, head_gradient=self.head)
+
+
+class PlainProducts(Plain):
+    """The same step, every product of a linear layer by oneDNN: what plain would take with gradsift's products."""
+
+    def step(self, batch: Batch) -> None:
+        with TrainedProducts():
+            backward(self.model, batch)
+
+
+class _Trained(torch.autograd.Function):
+    """A linear layer by oneDNN whose weight and bias may be trained."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, weight = ctx.saved_tensors
+        g = grads[0].reshape(-1, weight.shape[0])
+        down = products.linear(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
+        whole = None
+        if ctx.needs_input_grad[1]:
+            whole = products.linear(g.t().contiguous(), x.reshape(-1, x.shape[-1]).t())
+        return down, whole, g.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class TrainedProducts(TorchFunctionMode):
+    """Products of linear layers that are trained, by oneDNN."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and not kwargs:
+            return _Trained.apply(*args, *[None] * (3 - len(args)))
+        if func is torch.addmm and not kwargs:
+            return _Trained.apply(args[1], args[2].t(), args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class ForwardOnly(Arm):
@@ -90,7 +133,7 @@ class Less(Arm):
     """LESS's collection loop without its projection: one backward an example, gradients flattened into one vector."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__("less", "LESS: batch-1 loop, flatten", "full gradient")
+        super().__init__("less", "LESS: batch-1 loop, flatten", "full gradient", head=True)
         self.model = share(model)
 
     def step(self, batch: Batch) -> None:
@@ -128,16 +171,18 @@ class Gradsift(Arm):
 class PlainLora(Arm):
     """Ordinary training of a LoRA adapter: forward and backward, gradients of the adapter's weights."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__("lora-plain", "LoRA r=16: plain forward+backward", "batch gradient", "lora-plain")
-        self.model = share(model)
+    def __init__(self, model: nn.Module, *, fast: bool = False) -> None:
+        key, label = ("lora-plain-products", ", by oneDNN") if fast else ("lora-plain", "")
+        super().__init__(key, f"LoRA r=16: plain forward+backward{label}", "batch gradient", "lora-plain")
+        self.model, self.fast = share(model), fast
         self.adapted = adapt(self.model)
 
     def before(self) -> None:
         self.adapted.zero_grad(set_to_none=True)
 
     def step(self, batch: Batch) -> None:
-        backward(self.model, batch)
+        with TrainedProducts() if self.fast else nullcontext():
+            backward(self.model, batch)
 
 
 def adapt(model: nn.Module) -> nn.Module:
@@ -167,18 +212,22 @@ def own_arms(model: nn.Module) -> list[Arm]:
     every = [name for name, _ in model.named_parameters()]
     body = body_weights(model)
     adapted = adapt(share(model))
+    three = f"sketch {SKETCH} + {NUM_DIRECTIONS} dots + norm"
     lora = Gradsift(
         adapted,
         "gradsift-lora",
         "gradsift, LoRA r=16: all three",
-        f"sketch {SKETCH} + {NUM_DIRECTIONS} dots + norm",
+        three,
         [name for name, _ in adapted.named_parameters() if "lora_" in name],
         dots=True,
     )
     lora.against = "lora-plain"
-    three = f"sketch {SKETCH} + {NUM_DIRECTIONS} dots + norm"
+    every_weight = Gradsift(share(model), "gradsift-all", "gradsift, every weight: all three", three, every, dots=True)
+    every_weight.head = True
     return [
         Plain(model),
+        Plain(model, "plain-headless", "plain, no gradient of the head's weight", head=False),
+        PlainProducts(model, "plain-products", "plain, its products by oneDNN"),
         ForwardOnly(model),
         Floor(model),
         Less(model),
@@ -186,7 +235,8 @@ def own_arms(model: nn.Module) -> list[Arm]:
             share(model), "gradsift-sketch", "gradsift, body: sketch", f"sketch {SKETCH}", body, dots=False, norms=False
         ),
         Gradsift(share(model), "gradsift-body", "gradsift, body: all three", three, body, dots=True),
-        Gradsift(share(model), "gradsift-all", "gradsift, every weight: all three", three, every, dots=True),
+        every_weight,
         PlainLora(model),
+        PlainLora(model, fast=True),
         lora,
     ]

@@ -32,7 +32,9 @@ from arms import Arm, NotRunError, own_arms
 from rich.console import Console
 from rich.table import Table
 from rivals import rival_makers
-from worlds import MODELS, NUM_DIRECTIONS, TOKENS_PER_BATCH, Batch, build_batches, build_model
+from worlds import MODELS, NUM_DIRECTIONS, REAL, TOKENS_PER_BATCH, Batch, build_batches, build_model, real_batches
+
+from gradsift.gradients import products
 
 HERE = Path(__file__).parent
 QUICK_ROWS, QUICK_ROUNDS, QUICK_MODELS = 32, 3, ("Llama-10M", "GPT-2-8.5M")
@@ -50,6 +52,9 @@ class Line:
         against: key of the arm whose seconds divide.
         seconds: process CPU seconds of each round.
         ratios: seconds over those of ``against`` in the same round.
+        headless: seconds over those of plain without the gradient of the head's weight; empty for arms that take that
+            gradient, and for LoRA.
+        same_products: seconds over those of plain whose linear layers multiply by oneDNN.
         not_run: why there are no figures, or None.
     """
 
@@ -59,6 +64,8 @@ class Line:
     against: str
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
+    headless: list[float] = field(default_factory=list)
+    same_products: list[float] = field(default_factory=list)
     not_run: str | None = None
 
     @property
@@ -172,7 +179,7 @@ def measure_model(name: str, num_rows: int, rounds: int) -> ModelResult:
         Its lines.
     """
     model = build_model(name)
-    batches = build_batches(num_rows, model.config.vocab_size)
+    batches = real_batches(num_rows) if name in REAL else build_batches(num_rows, model.config.vocab_size)
     arms, lines = make_arms(model, batches)
     seconds = time_rounds(arms, batches, rounds)
     done = [
@@ -182,7 +189,9 @@ def measure_model(name: str, num_rows: int, rounds: int) -> ModelResult:
             arm.returns,
             arm.against,
             seconds[arm.key],
-            [a / b for a, b in zip(seconds[arm.key], seconds[arm.against], strict=True)],
+            _over(seconds, arm.key, arm.against),
+            [] if arm.head or arm.against != "plain" else _over(seconds, arm.key, "plain-headless"),
+            _over(seconds, arm.key, f"{arm.against}-products"),
         )
         for arm in arms
     ]
@@ -199,17 +208,25 @@ def measure_model(name: str, num_rows: int, rounds: int) -> ModelResult:
     return result
 
 
+def _over(seconds: dict[str, list[float]], key: str, other: str) -> list[float]:
+    return [a / b for a, b in zip(seconds[key], seconds[other], strict=True)]
+
+
 def _in_order(lines: list[Line]) -> list[Line]:
     """Put rivals after plain PyTorch and before gradsift, with bergson's two runs added up."""
     key, label, returns, parts = SUM
     halves = [line for part in parts for line in lines if line.key == part and not line.not_run]
     if len(halves) == len(parts):
         seconds = [sum(pair) for pair in zip(*(h.seconds for h in halves), strict=True)]
-        ratios = [sum(pair) for pair in zip(*(h.ratios for h in halves), strict=True)]
-        lines.append(Line(key, label, returns, "plain", seconds, ratios))
+        ratios, headless, same = (
+            [sum(pair) for pair in zip(*(getattr(h, name) for h in halves), strict=True)]
+            for name in ("ratios", "headless", "same_products")
+        )
+        lines.append(Line(key, label, returns, "plain", seconds, ratios, headless, same))
     else:
         lines.append(Line(key, label, returns, "plain", not_run="needs both runs above"))
-    rank = ("plain", "forward", "floor", "less", "bergson", "dattri", "gradsift", "lora-plain", "gradsift-lora")
+    lora = ("lora-plain", "lora-plain-products", "gradsift-lora")
+    rank = ("plain", "plain-headless", "plain-products", "forward", "floor", "less", "bergson", "dattri", "gradsift", *lora)
     place = {k: i for i, k in enumerate(rank)}
     return sorted(lines, key=lambda line: place.get(line.key, place.get(line.key.partition("-")[0], 99)))
 
@@ -235,16 +252,19 @@ def show(result: ModelResult, console: Console, *, absolute: bool) -> None:
     table.add_column("returns")
     table.add_column("ratio", justify="right")
     table.add_column("min..max", justify="right")
+    table.add_column("no head", justify="right")
+    table.add_column("same products", justify="right")
     if absolute:
         table.add_column("tokens per CPU second", justify="right")
     for line in result.lines:
         if line.not_run is not None:
-            table.add_row(line.label, f"not run: {line.not_run}", *["-"] * (3 if absolute else 2))
+            table.add_row(line.label, f"not run: {line.not_run}", *["-"] * (5 if absolute else 4))
             continue
         spread = f"{min(line.ratios):.2f}..{max(line.ratios):.2f}"
         speed = [f"{result.num_tokens / statistics.median(line.seconds):,.0f}"] if absolute else []
         style = "bold" if line.key.startswith("gradsift") else None
-        table.add_row(line.label, line.returns, f"{line.median:.2f}", spread, *speed, style=style)
+        more = [f"{statistics.median(some):.2f}" if some else "-" for some in (line.headless, line.same_products)]
+        table.add_row(line.label, line.returns, f"{line.median:.2f}", spread, *more, *speed, style=style)
     console.print(table)
     for key, gap in result.cosine_gap.items():
         console.print(f"exact cosines of {key} and gradsift differ by at most {gap:.1e}")
@@ -339,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "hardware": hardware(),
         "settings": {
             "rows": options.rows,
-            "row_tokens": [16, 256],
+            "row_tokens": "16 to 256; SmolLM2-135M: the demo's medical rows, loss on answers",
             "rounds": options.rounds,
             "tokens_per_batch": TOKENS_PER_BATCH,
             "directions": NUM_DIRECTIONS,
@@ -347,6 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "threads": 1,
             "clock": "process CPU seconds",
             "ratio": "arm / plain forward+backward of the same round; LoRA against its own",
+            "headless": "the same without the gradient of the head's weight on both sides",
+            "same_products": "the same over plain whose linear layers multiply by oneDNN, as gradsift's do where it pays",
+            "onednn_pays": products.pays(),
         },
     }
     machine = facts["hardware"]
@@ -372,6 +395,8 @@ def _as_json(result: ModelResult) -> dict:
     for line, raw in zip(result.lines, out["lines"], strict=True):
         if line.not_run is None:
             raw |= {"median": line.median, "min": min(line.ratios), "max": max(line.ratios)}
+            for name in ("headless", "same_products"):
+                raw[f"{name}_median"] = statistics.median(raw[name]) if raw[name] else None
             raw["tokens_per_cpu_second"] = result.num_tokens / statistics.median(line.seconds)
     return out
 

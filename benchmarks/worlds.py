@@ -1,10 +1,17 @@
-"""Models of random weights, length-bucketed batches and the one forward+backward that every arm shares."""
+"""Models, length-bucketed batches and the one forward+backward that every arm shares.
+
+Four models have random weights and rows of random tokens; SmolLM2-135M is the packaged one, with rows of the demo.
+"""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +22,12 @@ NUM_DIRECTIONS = 3
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows of similar length; the loss is on every token but a row's first.
+    """Right-padded rows of similar length; the loss is on every token but a row's first, in the demo's rows on answers.
 
     Args:
         indices: numbers of the rows in the whole set.
         input_ids: [B, T].
-        labels: [B, T], -100 on padding.
+        labels: [B, T], -100 on padding and where no loss is taken.
         lengths: [B].
     """
 
@@ -75,7 +82,48 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "GPT-2-8.5M": lambda: _gpt2(256, 8, 4, 8192),
     "Llama-51M": lambda: _llama(512, 1536, 10, 8, 16384),
     "GPT-2-46M": lambda: _gpt2(512, 12, 8, 16384),
+    "SmolLM2-135M": lambda: _smollm2(),
 }
+REAL = ("SmolLM2-135M",)
+
+
+@cache
+def _prepared() -> Any:
+    """Write and tokenize the demo's rows."""
+    from gradsift.data.exam_rows import DemoCounts, write_demo_rows
+    from gradsift.methods import make_method
+    from gradsift.pipeline.prepare import prepare
+    from gradsift.pipeline.progress import Clock, Silent
+    from gradsift.recipe import build_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_demo_rows(Path(folder), DemoCounts(pool=360))
+        recipe = build_recipe({
+            "pool": [{"label": "medical", "path": str(files.pool)}], "target": str(files.target), "budget": "25%",
+            "anchors": [{"label": name, "path": str(path)} for name, path in files.anchors.items()],
+            "method": {"name": "target_cosine"}, "navigator": {"parameters": "all", "device": "cpu"},
+        })  # fmt: skip
+        return prepare(recipe, make_method("target_cosine", {}), Clock(Silent()))
+
+
+def _smollm2() -> nn.Module:
+    from gradsift.models.load import load_navigator
+
+    return load_navigator(_prepared().resolved, device="cpu").model
+
+
+def real_batches(num_rows: int) -> list[Batch]:
+    """Take the demo's medical rows, evenly over their lengths, in batches of TOKENS_PER_BATCH."""
+    from gradsift.data.batches import collate, plan_batches
+
+    prepared = _prepared()
+    rows = sorted(prepared.pool.usable, key=lambda row: (row.num_tokens, row.id))
+    rows = [rows[i * len(rows) // num_rows] for i in range(min(num_rows, len(rows)))]
+    out = []
+    for some in plan_batches(rows, range(len(rows)), TOKENS_PER_BATCH):
+        tokens = collate([rows[i] for i in some], range(len(some)), prepared.pad_id)
+        out.append(Batch(list(some), tokens.input_ids, tokens.labels, tokens.lengths))
+    return out
 
 
 def build_model(name: str, seed: int = 0) -> nn.Module:
@@ -91,7 +139,7 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def build_batches(num_rows: int, vocabulary: int, seed: int = 0) -> list[Batch]:
-    """Draw rows of 16 to 256 tokens and put them into length buckets."""
+    """Draw rows of 16 to 256 random tokens and put them into length buckets."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(16, 257, (num_rows,), generator=generator).sort().values.tolist()
     batches, start = [], 0
@@ -107,23 +155,25 @@ def build_batches(num_rows: int, vocabulary: int, seed: int = 0) -> list[Batch]:
     return batches
 
 
-def row_losses(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss of each row, with logits made only where a loss is taken.
+def row_losses(model: nn.Module, input_ids: Tensor, labels: Tensor, *, head_gradient: bool = True) -> Tensor:
+    """Mean loss of each row, with logits made only where a loss is taken; the head's weight may be held constant.
 
     This is the fastest honest forward: right padding needs no attention mask under causal attention, and nobody pays for
     logits at padding. Every arm that lets its caller run the model uses it.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False)[0]
     supervised = labels[:, 1:] != -100
-    logits = model.get_output_embeddings()(hidden[:, :-1][supervised])
+    head = model.get_output_embeddings()
+    asked = hidden[:, :-1][supervised]
+    logits = head(asked) if head_gradient else nn.functional.linear(asked, head.weight.detach(), head.bias)
     nats = nn.functional.cross_entropy(logits, labels[:, 1:][supervised], reduction="none")
     rows = supervised.nonzero()[:, 0]
     return nats.new_zeros(labels.shape[0]).index_add(0, rows, nats) / supervised.sum(1)
 
 
-def backward(model: nn.Module, batch: Batch) -> Tensor:
+def backward(model: nn.Module, batch: Batch, *, head_gradient: bool = True) -> Tensor:
     """Run forward and backward of the sum of the rows' losses; return the losses [B]."""
-    losses = row_losses(model, batch.input_ids, batch.labels)
+    losses = row_losses(model, batch.input_ids, batch.labels, head_gradient=head_gradient)
     losses.sum().backward()
     return losses.detach()
 

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsift.gradients.products import linear
+
 FULL = (torch.float32, torch.float64)  # half precision keeps peft's own roundings
 Arrived = Callable[[nn.Module, Tensor, Tensor], None]
 
@@ -68,21 +70,20 @@ class _Step(torch.autograd.Function):
         layer: Adapted = ctx.layer
         x, between = ctx.saved_tensors
         g = grads[0].reshape(-1, layer.rows)
-        steep = torch.mm(g, layer.b.weight).mul_(layer.scaling)
+        steep = linear(g, layer.b.weight.t()).mul_(layer.scaling)
         lead = x.shape[:-1]
         ctx.arrived(layer.b, between.view(*lead, -1), g.view(*lead, -1))
         ctx.arrived(layer.a, x, steep.view(*lead, -1))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        down = torch.mm(g, layer.weight).addmm_(steep, layer.a.weight)
+        down = linear(g, layer.weight.t()).addmm_(steep, layer.a.weight)
         return down.view_as(x), None, None, None
 
 
 def _apply(x: Float[Tensor, "*lead cols"], layer: Adapted) -> tuple[Float[Tensor, "*lead rows"], Float[Tensor, "n r"]]:
     flat = x.reshape(-1, x.shape[-1])
-    weight, bias = layer.weight.t(), layer.bias
-    out = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
-    between = torch.mm(flat, layer.a.weight.t()).mul_(layer.scaling)
+    out = linear(flat, layer.weight, layer.bias)
+    between = linear(flat, layer.a.weight).mul_(layer.scaling)
     return out.addmm_(between, layer.b.weight.t()).view(*x.shape[:-1], -1), between
 
 

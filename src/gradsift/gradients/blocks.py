@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradsift.gradients.prefold import Cells, add_lookups_, add_outer_, add_rows_
+from gradsift.gradients.products import add_outer_ as add_to_mean_
+from gradsift.gradients.products import linear, outer_, takes, turned
 from gradsift.gradients.project import Projector, signs
 
 TILE = 1 << 16  # entries of one gradient tile; 256 KiB in float32, half of a typical second-level cache
@@ -244,7 +246,13 @@ class Block:
 
     def _as_dense(self, outer: Outer) -> Dense:
         """Form small gradients for the whole batch in one product; padding has zero output gradient."""
-        return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).view(outer.x.shape[0], -1))
+        if not takes(outer.g, outer.x):
+            return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).view(outer.x.shape[0], -1))
+        formed = outer.x.new_empty(outer.x.shape[0], self.rows, self.cols)
+        for b, place in enumerate(formed):
+            x, g = outer.row(b)
+            outer_(place, g, x)
+        return Dense(formed.view(len(formed), -1))
 
     def _measure_outer(self, outer: Outer, totals: Totals) -> None:
         folds_far = totals.sketch is not None and FOLDS_FAR * self.cells.count <= self.numel
@@ -258,14 +266,15 @@ class Block:
         height = max(1, min(rows, TILE // cols))
         scratch = self._buffer(outer.x, min(CHUNK, num), height * cols)
         live = [b for b in range(num) if outer.lengths[b]]
+        pairs = {b: (x, turned(g)) for b in live for x, g in [outer.row(b)]}
         for low in range(0, rows, height):
             high = min(rows, low + height)
             for first in range(0, len(live), CHUNK):
                 some = live[first : first + CHUNK]
                 tile = scratch[: len(some), : (high - low) * cols]
                 for k, b in enumerate(some):
-                    x, g = outer.row(b)
-                    torch.mm(g[:, low:high].t(), x, out=tile[k].view(high - low, cols))
+                    x, g = pairs[b]
+                    outer_(tile[k].view(high - low, cols), g[:, low:high], x)
                 self._measure_tile(tile, some, low, totals, fold=fold)
 
     def _measure_tile(
@@ -334,14 +343,14 @@ class Block:
             x, g = outer.row(b)
             ids, summed = sum_repeated(scatters, b)
             if x.shape[0] and ids.numel():
-                totals.square[b] += 2 * (g[:, ids] * (x @ summed.t())).double().sum()
+                totals.square[b] += 2 * (g[:, ids] * linear(x, summed)).double().sum()
 
     # -- anchors -------------------------------------------------------------------------------------------------
 
     def _add_to_mean(self, outers: Sequence[Outer], scatters: Sequence[Scatter], denses: Sequence[Dense]) -> None:
         assert self.mean is not None
         for outer in outers:
-            self.mean.addmm_(outer.g.reshape(-1, self.rows).t(), outer.x.reshape(-1, self.cols))
+            add_to_mean_(self.mean, outer.g.reshape(-1, self.rows), outer.x.reshape(-1, self.cols))
         for scatter in scatters:
             self.mean.index_add_(0, scatter.ids.reshape(-1), scatter.g.reshape(-1, self.cols))
         for dense in denses:

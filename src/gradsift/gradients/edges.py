@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsift.gradients.layers import LayerRule, Seen, rule_for
+from gradsift.gradients.products import linear
 
 
 def head_squares(seen: Seen) -> Float[Tensor, " B"]:
@@ -15,7 +16,7 @@ def head_squares(seen: Seen) -> Float[Tensor, " B"]:
     out = []
     for start, n in zip(seen.starts, seen.lengths, strict=True):
         x, g = seen.x[start : start + n], seen.g[start : start + n]
-        out.append(((g @ g.t()).double() * (x @ x.t()).double()).sum())
+        out.append((linear(g, g).double() * linear(x, x).double()).sum())
     return torch.stack(out)
 
 

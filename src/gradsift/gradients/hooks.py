@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradsift.errors import ConfigError, ModelError
-from gradsift.gradients import adapters, calls, fused, lookups, on_cuda, roads
+from gradsift.gradients import adapters, calls, fused, lookups, on_cuda, products, roads
 from gradsift.gradients.adam import unit_length
 from gradsift.gradients.blocks import Block, Contribution, Dense, Outer, Routed, Scatter, Totals, make_block
 from gradsift.gradients.edges import embedding_squares, head_squares
@@ -562,7 +562,7 @@ class GradientEngine:
         extra = {}
         if self._takes_positions:
             extra["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.model(input_ids=input_ids, use_cache=False, **extra).logits
+        return self._call(input_ids=input_ids, use_cache=False, **extra)
 
     def _after_prefix(self, held: Held) -> Callable[[Tensor], Tensor]:
         """Run the prefixes without a graph; what is returned gives the logits of the rest."""
@@ -578,11 +578,18 @@ class GradientEngine:
             torch.no_grad(),
             self._running(held.prefix, nothing, held.starts, None),
         ):  # no logits: nothing is supervised
-            self.model(input_ids=held.prefix, use_cache=True, **kept, **padded)
+            self._call(input_ids=held.prefix, use_cache=True, **kept, **padded)
         extra = {"position_ids": held.positions} if self._takes_positions else {}
-        return lambda input_ids: (
-            self.model(input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra).logits
+        return lambda input_ids: self._call(
+            input_ids=input_ids, attention_mask=held.mask, use_cache=True, **kept, **extra
         )
+
+    def _call(self, **inputs: Any) -> Tensor:
+        """Run the model forward to its logits."""
+        # Weights that are dealt out are whole only while a layer runs, so no graph may hold them.
+        fast = self.road == "tiles" and products.pays() and not calls.is_bound(self.model)
+        with products.FrozenProducts() if fast else nullcontext():
+            return self.model(**inputs).logits
 
     @contextmanager
     def _running(self, input_ids: Tensor, labels: Tensor, lengths: Tensor, prompt: Tensor | None) -> Iterator[_Batch]:

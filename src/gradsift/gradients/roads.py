@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradsift.errors import ConfigError
-from gradsift.gradients import fused
+from gradsift.gradients import fused, products
 from gradsift.gradients.blocks import Dense
 from gradsift.gradients.layers import Seen, rule_for
 
@@ -80,7 +80,9 @@ def describe(road: str, device: torch.device, dtype: torch.dtype) -> str:
     Returns:
         One line.
     """
-    return WORDS[road].format(why=missing(device, dtype) or "the fused kernels were not asked for")
+    words = WORDS[road].format(why=missing(device, dtype) or "the fused kernels were not asked for")
+    faster = road == "tiles" and device.type == "cpu" and dtype != torch.float64 and products.pays()
+    return f"{words}, products by oneDNN" if faster else words
 
 
 def keeps_narrow(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsift.gradients.blocks import TILE, Block, Contribution, Dense, Outer, Totals, row_squares
+from gradsift.gradients.products import outer_, takes
 from gradsift.gradients.project import fold_
 
 ROOM = 1 << 19  # entries of a tray, all examples together: 2 MiB in float32, and a tile's length for each of eight
@@ -148,12 +149,12 @@ def _is_small(block: Block, dim: int | None) -> bool:
 def _form(outer: Outer, place: Float[Tensor, "B rows cols"]) -> None:
     """Form every example's gradient; padding has zero output gradient."""
     size, width = outer.g.shape[:2]
-    if sum(outer.lengths) > PADDED * size * width:
+    if sum(outer.lengths) > PADDED * size * width and not takes(outer.g, outer.x):
         torch.bmm(outer.g.transpose(1, 2), outer.x, out=place)
         return
     for b in range(size):
         x, g = outer.row(b)
-        torch.mm(g.t(), x, out=place[b])
+        outer_(place[b], g, x)
 
 
 def _fold_signed_(

@@ -1,0 +1,210 @@
+"""Products by oneDNN: right in every shape and layout, forward and backward, and taken nowhere else than where they are meant."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.toy import TOYS, VOCABULARY, toy_gpt2, toy_llama
+from torch.nn import functional
+
+from gradsift.gradients import products, roads
+from gradsift.gradients.hooks import GradientEngine
+from gradsift.gradients.loop import example_gradient
+from gradsift.gradients.project import Projector, sketch_reference
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="not run: torch without oneDNN")
+NARROW, LONG = st.integers(1, 40), st.integers(1, 70)
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "plain"])
+def pays(request, monkeypatch):
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("not run: torch without oneDNN")
+    monkeypatch.setattr(products, "pays", lambda: request.param)
+    return request.param
+
+
+def drawn(seed, *shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def close(got, want):
+    """Float32 sums in another order: a few roundings of the sum of sizes."""
+    return torch.allclose(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@given(rows=NARROW, cols=NARROW, length=LONG, seed=st.integers(0, 9), wide=st.booleans(), whole=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_outer_products_in_any_shape_and_layout(rows, cols, length, seed, wide, whole):
+    left, right = drawn(seed, (length, rows + 3), (length, cols))
+    left = left[:, 1 : rows + 1] if wide else left[:, :rows].contiguous()  # a slice of wider rows, or rows of their own
+    want = left.double().t() @ right.double()
+    out = torch.full((rows, cols), float("nan"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "pays", lambda: True)
+        products.outer_(out, products.turned(left) if whole else left, right)
+        assert close(out, want)
+        products.add_outer_(out, left, right)
+    assert close(out, 2 * want)
+
+
+@needs_onednn
+def test_a_matrix_is_added_to_in_slabs(monkeypatch):
+    left, right = drawn(1, (20, 30), (20, 7))
+    monkeypatch.setattr(products, "pays", lambda: True)
+    monkeypatch.setattr(products, "SLAB", 7 * 8)  # eight rows at a time, six in the last
+    out = torch.ones(30, 7)
+    products.add_outer_(out, left, right)
+    assert close(out, 1 + left.double().t() @ right.double())
+
+
+@needs_onednn
+@given(lead=st.lists(st.integers(1, 5), max_size=3), n=NARROW, k=NARROW, bias=st.booleans(), turned=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_frozen_layer_is_the_same_layer(lead, n, k, bias, turned):
+    x, weight, shift, slope = drawn(2, (*lead, k), (k, n) if turned else (n, k), (n,), (*lead, n))
+    weight = weight.t() if turned else weight
+    found = {}
+    for name in (True, False):
+        seen = x.clone().requires_grad_(True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(products, "pays", lambda name=name: name)
+            with products.FrozenProducts():
+                out = functional.linear(seen, weight, shift if bias else None)
+        out.backward(slope)
+        found[name] = (out, seen.grad)
+    for fast, plain in zip(found[True], found[False], strict=True):
+        assert fast.shape == plain.shape
+        assert close(fast, plain.double())
+
+
+@needs_onednn
+def test_what_is_trained_or_double_or_empty_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(products, "pays", lambda: True)
+    taken = []
+    monkeypatch.setattr(products, "linear", lambda *args: taken.append(args))
+    x, weight = drawn(3, (4, 8), (5, 8))
+    with products.FrozenProducts():
+        trained = functional.linear(x, weight.clone().requires_grad_(True))
+        functional.linear(x, weight, torch.zeros(5, requires_grad=True))
+        functional.linear(x.double(), weight.double())
+        functional.linear(x.bfloat16(), weight.bfloat16())
+        functional.linear(x[:0], weight)
+        torch.addmm(torch.zeros(4, 5), x, weight.t())  # no bias: a matrix
+        torch.addmm(torch.zeros(5), x, weight.t(), beta=2)
+    assert not taken
+    assert trained.requires_grad
+    functional.linear(x, weight)  # outside
+    assert not taken
+    with products.FrozenProducts():
+        functional.linear(x, weight)
+        torch.addmm(torch.zeros(5), x, weight.t())
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("toy", sorted(TOYS))
+def test_the_engine_agrees_with_the_oracle_on_both_roads(toy, pays):
+    """Rows long enough for oneDNN's outer products and one that is not, float32 against float64."""
+    model = TOYS[toy](dtype=torch.float32)
+    names = [name for name, _ in model.named_parameters()]
+    names = [name for name in names if "lora_" in name] or names
+    lengths = (5, 23, 30)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(4, VOCABULARY, (3, 30), generator=generator)
+    labels = ids.clone()
+    for b, n in enumerate(lengths):
+        labels[b, n:] = -100
+    labels[:, :3] = -100
+    exact = copy.deepcopy(model).double()
+    projector = Projector(seed=7, dim=61)
+    engine = GradientEngine(model, names, projector=projector)
+    directions = {name: drawn(5, (b.rows, b.cols))[0] for name, b in engine.blocks.items()}
+    engine.num_directions = 1
+    for name, block in engine.blocks.items():
+        block.directions = engine.flatten(name, [directions[name]])
+    with engine:
+        got = engine.measure(ids, labels, torch.tensor(lengths))
+    assert ("oneDNN" in engine.description) is pays
+    for b, n in enumerate(lengths):
+        want = example_gradient(exact, names, ids[b, :n], labels[b, :n])
+        matrices = {name: engine.matrix(name, value) for name, value in want.by_name.items()}
+        square = sum(float(m.square().sum()) for m in matrices.values())
+        dot = sum(float((m * directions[name].double()).sum()) for name, m in matrices.items())
+        scale = square**0.5
+        assert got.loss[b].item() == pytest.approx(want.loss, rel=1e-5)
+        assert got.square[b].item() == pytest.approx(square, rel=1e-4)
+        assert got.dots[b, 0].item() == pytest.approx(dot, abs=1e-4 * scale)
+        sketch = sum(sketch_reference(m.numpy(), projector, name) for name, m in matrices.items())
+        assert torch.allclose(got.sketch[b].double(), torch.as_tensor(sketch), atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("make", [toy_llama, toy_gpt2])
+def test_linear_layers_of_both_kinds_go_the_faster_way(make, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("not run: torch without oneDNN")
+    monkeypatch.setattr(products, "pays", lambda: True)
+    calls, plain = [], products.linear
+    monkeypatch.setattr(products, "linear", lambda *args: calls.append(args[1].shape) or plain(*args))
+    model = make(dtype=torch.float32)
+    engine = GradientEngine(model, [])
+    ids = torch.arange(4, 24)[None]
+    with engine:
+        engine.measure(ids, ids.clone(), torch.tensor([20]))
+    layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    assert len(calls) == 2 * len(layers)  # forward and back to the input, the head included
+    calls.clear()
+    model(input_ids=ids)  # nothing stays behind
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 2\n", "AuthenticAMD"),
+        ("vendor_id : GenuineIntel\n", "GenuineIntel"),
+        ("processor : 0\nCPU implementer : 0x41\n", ""),
+        (None, ""),
+    ],
+)
+def test_the_vendor_is_what_linux_says(text, name, monkeypatch):
+    def read(self, *_):
+        if text is None:
+            raise FileNotFoundError(self)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert products.vendor() == name
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "onednn", "mkl", "want"),
+    [
+        ("AuthenticAMD", "AVX512", True, True, True),
+        ("GenuineIntel", "AVX512", True, True, False),
+        ("AuthenticAMD", "AVX2", True, True, False),
+        ("AuthenticAMD", "AVX512", False, True, False),
+        ("AuthenticAMD", "AVX512", True, False, False),
+        ("", "AVX512", True, True, False),
+    ],
+)
+def test_it_pays_on_other_vendors_processors_with_avx512(vendor, capability, onednn, mkl, want, monkeypatch):
+    monkeypatch.setattr(products, "vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert products.pays.__wrapped__() is want
+
+
+def test_only_a_cpu_in_single_precision_is_said_to_use_it(monkeypatch):
+    monkeypatch.setattr(products, "pays", lambda: True)
+    cpu = torch.device("cpu")
+    assert roads.describe("tiles", cpu, torch.float32).endswith("oneDNN")
+    assert "oneDNN" not in roads.describe("tiles", cpu, torch.float64)
+    assert "oneDNN" not in roads.describe("torch", cpu, torch.float32)
