@@ -226,7 +226,18 @@ def _in_order(lines: list[Line]) -> list[Line]:
     else:
         lines.append(Line(key, label, returns, "plain", not_run="needs both runs above"))
     lora = ("lora-plain", "lora-plain-products", "gradsift-lora")
-    rank = ("plain", "plain-headless", "plain-products", "forward", "floor", "less", "bergson", "dattri", "gradsift", *lora)
+    rank = (
+        "plain",
+        "plain-headless",
+        "plain-products",
+        "forward",
+        "floor",
+        "less",
+        "bergson",
+        "dattri",
+        "gradsift",
+        *lora,
+    )
     place = {k: i for i, k in enumerate(rank)}
     return sorted(lines, key=lambda line: place.get(line.key, place.get(line.key.partition("-")[0], 99)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,7 +23,16 @@ from gradsift.evaluate.ranks import Correlation
 from gradsift.gradients.hooks import GradientEngine
 from gradsift.gradients.loop import example_gradient
 from gradsift.pipeline.progress import Silent
-from gradsift.pipeline.shares import Ratio, ShareLine, ShareTable, _without_adapter, measure_shares, plain_step
+from gradsift.pipeline.shares import (
+    Ratio,
+    ShareLine,
+    ShareTable,
+    Signals,
+    _predicted,
+    _without_adapter,
+    measure_shares,
+    plain_step,
+)
 from gradsift.recipe import build_recipe
 
 SETTINGS = {"collect.sketch_dim": 61, "allow_weak_anchor": True}
@@ -146,6 +156,33 @@ def test_the_command_prints_and_writes_what_was_measured(tmp_path, navigator):
     assert kept["advice"] in told
     rank = kept["lines"][2]["ranks"]["target"]
     assert np.isfinite(rank["rho"])
+
+
+def test_the_screens_prediction_is_judged_on_rows_it_was_not_fitted_on(tmp_path, navigator):
+    found = measure_shares(recipe(world(tmp_path), navigator, "all"), Silent(), shares=("screen",), num_rows=36)
+    screen, predicted, _ = found.lines
+    assert [line.share for line in found.lines] == ["screen", "predicted", "all"]
+    assert predicted.cost == screen.cost
+    assert {rank.n for rank in predicted.ranks.values()} == {12}  # two thirds are fitted on
+    assert "24 rows" in predicted.layers
+    assert predicted.option == "--screen trained"
+
+
+def test_a_fit_finds_what_is_linear_in_the_parts_and_wants_rows_enough():
+    draw = np.random.default_rng(0)
+    norm, parts = draw.uniform(1, 2, 80), draw.normal(size=(80, 3, 2))
+    parts[:, :, 1] = 1 / 3 * norm[:, None] ** 2
+    cheap = Signals(parts[:, :, :1].sum(1), norm, draw.normal(size=(80, 2)), parts)
+    rows = [SimpleNamespace(num_tokens=int(n), num_trained=2) for n in draw.integers(5, 50, 80)]
+    truth = np.stack(
+        [parts[:, 0, 0] / norm - 2 * parts[:, 2, 0] / norm, np.log(norm)], 1
+    )  # other weights than the sum's
+    found = _predicted(cheap, truth, rows, np.arange(50))
+    assert found is not None
+    assert spearmanr(found[50:, 0], truth[50:, 0]).statistic > 0.99
+    assert spearmanr(cheap.values[50:, 0], truth[50:, 0]).statistic < 0.5
+    assert _predicted(cheap, truth, rows, np.arange(7)) is None
+    assert _predicted(cheap, truth, rows, np.arange(75)) is None
 
 
 def test_held_prompts_are_left_out_of_a_model_that_keeps_a_state_and_select_refuses_them(tmp_path):

@@ -152,7 +152,12 @@ class FrozenProducts(TorchFunctionMode):
 
 
 def _frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - torch's name
-    if weight.requires_grad or (bias is not None and bias.requires_grad) or weight.ndim != 2 or not takes(input, weight):
+    if (
+        weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or weight.ndim != 2
+        or not takes(input, weight)
+    ):
         return None
     if input.requires_grad and torch.is_grad_enabled():
         return _Frozen.apply(input, weight, bias)  # type: ignore[return-value]

@@ -186,11 +186,27 @@ def part_signals(problem: Problem, cheap: Measurement, num_fitted: int) -> Float
         return None
     width = len(cheap.directions) + 1
     found = np.asarray(cheap.store.extra(PARTS, problem.ids), dtype=np.float64).reshape(problem.size, -1, width)
-    if num_fitted < PER_COLUMN * found[0].size:
+    return part_columns(found, problem.grad_norm, num_fitted)
+
+
+def part_columns(
+    parts: Float[np.ndarray, "N P w"], norm: Float[np.ndarray, " N"], num_fitted: int
+) -> Float[np.ndarray, "N k"] | None:
+    """Turn groups' dots and squared norms into columns for the fit.
+
+    Args:
+        parts: float64 [N, P, M + 1] each group's dots with M directions and its squared norm.
+        norm: float64 [N] of the whole.
+        num_fitted: rows that the fit is made on.
+
+    Returns:
+        float64 [N, P * (M + 1)], see :func:`part_signals`; None where they are too many for the fit's rows.
+    """
+    if num_fitted < PER_COLUMN * parts[0].size:
         return None
-    dots = found[:, :, :-1] / problem.grad_norm[:, None, None]
-    share = np.maximum(found[:, :, -1] / problem.grad_norm[:, None] ** 2, 1e-12)
-    return np.concatenate([dots.reshape(problem.size, -1), np.log(share)], axis=1)
+    dots = parts[:, :, :-1] / norm[:, None, None]
+    share = np.maximum(parts[:, :, -1] / norm[:, None] ** 2, 1e-12)
+    return np.concatenate([dots.reshape(len(norm), -1), np.log(share)], axis=1)
 
 
 def cheap_signals(

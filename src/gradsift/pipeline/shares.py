@@ -3,7 +3,8 @@
 Every micro-batch is run by every arm, in rotating order, so that all see the same machine: plain forward and backward,
 the collector over all layers, the collector over each share. Costs are process CPU seconds over those of the plain arm;
 logits exist at supervised positions only in all arms. Ranks are Spearman correlations with what all layers say of the
-same rows.
+same rows. ``gradsift select --screen trained`` does not choose by what it measures but by a prediction from it, so the
+same fit is made here on some of the rows and judged on the others.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsift.data.batches import Tokens, collate, plan_batches
 from gradsift.errors import ConfigError
 from gradsift.evaluate.ranks import Correlation, spearman_interval
+from gradsift.geometry.screen import fit_screen
 from gradsift.gradients.directions import BuiltDirection, build_direction
 from gradsift.gradients.folded import fold_directions, keep_parts
 from gradsift.gradients.hooks import GradientEngine
@@ -33,12 +35,14 @@ from gradsift.models.load import load_navigator
 from gradsift.models.parameters import Parameters, choose_parameters
 from gradsift.pipeline.prepare import Prepared, prepare
 from gradsift.pipeline.progress import Clock, Progress
+from gradsift.pipeline.screen import PLAIN_RIDGE, RIDGE, part_columns
 from gradsift.recipe import Recipe
 from gradsift.seeds import stream
 from gradsift.types import TokenRow
 
 TRAINED = "trained"  # every layer, with prompts held constant
 SCREEN = "screen"  # the same with dots by folded factors, as ``--screen trained`` measures
+PREDICTED = "predicted"  # what the screen makes of it by a fit on some rows
 SHARES = ("12.5%", "25%", "50%", "75%", TRAINED, SCREEN)
 HELD = {TRAINED: "all, at the trained positions", SCREEN: "all, at the trained positions, folded dots"}
 ENOUGH = 0.9  # rank correlation from which a share may stand for all layers
@@ -65,8 +69,8 @@ class ShareLine:
     """One share of the layers.
 
     Args:
-        share: as asked; ``trained`` for all layers with prompts held constant, ``screen`` for folded dots beside, ``all``
-            for all layers and positions.
+        share: as asked; ``trained`` for all layers with prompts held constant, ``screen`` for folded dots beside,
+            ``predicted`` for the screen's prediction from these, ``all`` for all layers and positions.
         layers: which layers, in words.
         coverage: share of the chosen parameters that it measures.
         cost: CPU seconds over plain forward and backward that trains the chosen parameters.
@@ -84,7 +88,7 @@ class ShareLine:
     @property
     def option(self) -> str:
         """What a person types to measure so."""
-        held = {TRAINED: "--set collect.positions=trained", SCREEN: "--screen trained"}
+        held = {TRAINED: "--set collect.positions=trained", SCREEN: "--screen trained", PREDICTED: "--screen trained"}
         return held.get(self.share, f"--layers {self.share}")
 
     @property
@@ -247,20 +251,46 @@ def _without_adapter(model: Any, tokens: Tokens) -> float:
         _freeze(model)  # peft lets the adapter have gradients again when it is switched on
 
 
-def engine_step(engine: GradientEngine) -> Callable[[Tokens], tuple[Float[np.ndarray, "B M"], Float[np.ndarray, " B"]]]:
+@dataclass(frozen=True)
+class Signals:
+    """What an arm says of some rows.
+
+    Args:
+        dots: [n, M].
+        norm: [n].
+        facts: [n, 2] loss, and the log of the head's norm.
+        parts: [n, P, M + 1] dots and squared norms of groups of layers, or None.
+    """
+
+    dots: Float[np.ndarray, "n M"]
+    norm: Float[np.ndarray, " n"]
+    facts: Float[np.ndarray, "n 2"]
+    parts: Float[np.ndarray, "n P w"] | None
+
+    @property
+    def values(self) -> Float[np.ndarray, "n q"]:
+        """Cosines, up to a factor, and the log of the norm: [n, M + 1]."""
+        return np.concatenate([self.dots / self.norm[:, None], np.log(self.norm)[:, None]], axis=1)
+
+
+def engine_step(engine: GradientEngine) -> Callable[[Tokens], Signals]:
     """Make the collector's arm.
 
     Args:
         engine: with directions, entered only while it measures, since the arms share one model.
 
     Returns:
-        Micro-batch -> dots and norms.
+        Micro-batch -> signals.
     """
 
-    def step(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    def step(tokens: Tokens) -> Signals:
         with engine:
             got = engine.measure(tokens.input_ids.to(engine.device), tokens.labels.to(engine.device), tokens.lengths)
-        return got.dots.numpy(), got.square.clamp_min(0).sqrt().numpy()
+        head = np.log(np.maximum(got.head_norm.double().numpy(), 1e-12))
+        return Signals(
+            got.dots.numpy(), got.square.clamp_min(0).sqrt().numpy(), np.stack([got.loss.double().numpy(), head], 1),
+            None if got.parts is None else got.parts.numpy(),
+        )  # fmt: skip
 
     return step
 
@@ -376,12 +406,12 @@ def _run(
     rounds: int,
     pad_id: int,
     clock: Clock,
-) -> dict[str, tuple[Float[np.ndarray, "n M"], Float[np.ndarray, " n"]]]:
-    """Run every micro-batch by every arm; CPU seconds go to the arms, cosines up to a factor and norms are returned."""
+) -> dict[str, Signals]:
+    """Run every micro-batch by every arm; CPU seconds go to the arms, signals are returned."""
     for arm in arms:
         arm.seconds[:] = [0.0] * rounds
         arm.step(collate(rows, batches[0], pad_id))  # nothing is built inside a timer
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {arm.key: [] for arm in arms}
+    found: dict[str, list[Any]] = {arm.key: [] for arm in arms}
     for number, batch in enumerate(batches):
         tokens = collate(rows, batch, pad_id)
         shift = (number * 3) % len(arms)  # a stride, so that no arm always follows the same one
@@ -391,17 +421,17 @@ def _run(
             arm.seconds[number % rounds] += time.process_time() - begun
             found[arm.key].append(got)
             clock.tick("shares", 0, int(tokens.lengths.sum()))
-    out = {}
-    for arm in arms:
-        if arm.key not in ("plain", "whole"):
-            norm = np.concatenate([n for _, n in found[arm.key]])
-            out[arm.key] = (np.concatenate([d for d, _ in found[arm.key]]) / norm[:, None], norm)
-    return out
+    return {key: _joined(some) for key, some in found.items() if key not in ("plain", "whole")}
+
+
+def _joined(some: Sequence[Signals]) -> Signals:
+    parts = None if some[0].parts is None else np.concatenate([one.parts for one in some if one.parts is not None])
+    return Signals(*(np.concatenate([getattr(one, name) for one in some]) for name in ("dots", "norm", "facts")), parts)
 
 
 def _table(
     arms: Sequence[_Arm],
-    found: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    found: Mapping[str, Signals],
     parameters: Parameters,
     prepared: Prepared,
     rows: Sequence[TokenRow],
@@ -409,22 +439,47 @@ def _table(
 ) -> ShareTable:
     by_key = {arm.key: arm for arm in arms}
     plain, whole = by_key["plain"], by_key.get("whole", by_key["plain"])
-    truth, norm = found["all"]
-    names = [source.name for source in prepared.directions]
+    truth = found["all"].values
+    names = [*(source.name for source in prepared.directions), "norm"]
+
+    def ranks(said: np.ndarray, true: np.ndarray) -> dict[str, Correlation]:
+        return {name: spearman_interval(said[:, j], true[:, j]) for j, name in enumerate(names)}
+
     lines = []
     for arm in arms:
         if arm.key in ("plain", "whole"):
             continue
-        cos, length = found[arm.key]
-        ranks = {} if arm.key == "all" else {
-            **{name: spearman_interval(cos[:, j], truth[:, j]) for j, name in enumerate(names)},
-            "norm": spearman_interval(length, norm),
-        }  # fmt: skip
-        seen = arm.seen / parameters.numel
-        lines.append(ShareLine(arm.key, arm.part, seen, ratio(arm, plain), ratio(arm, whole), ranks))
+        own = {} if arm.key == "all" else ranks(found[arm.key].values, truth)
+        costs = (arm.seen / parameters.numel, ratio(arm, plain), ratio(arm, whole))
+        lines.append(ShareLine(arm.key, arm.part, *costs, own))
+        if arm.key == SCREEN:
+            order = np.argsort(
+                stream(prepared.recipe.seed, "shares/fit").uniform([row.id for row in rows]), kind="stable"
+            )
+            fitted = min(prepared.recipe.screen.calibrate, 2 * len(rows) // 3)
+            said = _predicted(found[SCREEN], truth, rows, order[:fitted])
+            if said is not None:
+                rest = order[fitted:]
+                text = f"the same, exact signals predicted by a fit on {fitted} rows, judged on the other {len(rest)}"
+                lines.append(ShareLine(PREDICTED, text, *costs, ranks(said[rest], truth[rest])))
     return ShareTable(
         tuple(lines), len(rows), sum(row.num_tokens for row in rows), rounds, sum(plain.seconds), sum(whole.seconds)
     )
+
+
+def _predicted(
+    cheap: Signals, truth: Float[np.ndarray, "n q"], rows: Sequence[TokenRow], at: Int[np.ndarray, " f"]
+) -> Float[np.ndarray, "n q"] | None:
+    """Predict exact signals as the screen does, or None where too few rows are fitted on or left."""
+    lengths = np.log([[row.num_tokens, row.num_trained] for row in rows])
+    columns, ridge = [cheap.values, cheap.facts, lengths], PLAIN_RIDGE
+    parts = None if cheap.parts is None else part_columns(cheap.parts.astype(np.float64), cheap.norm, len(at))
+    if parts is not None:
+        columns, ridge = [*columns, parts], RIDGE
+    features = np.concatenate(columns, axis=1)
+    if len(at) <= features.shape[1] + 1 or len(rows) - len(at) < LEAST_ROWS:
+        return None
+    return fit_screen(features[at], truth[at], ridge=ridge).predict(features)
 
 
 def ratio(arm: Any, against: Any) -> Ratio:
