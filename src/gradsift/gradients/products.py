@@ -151,7 +151,7 @@ class FrozenProducts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - torch's name
+def _frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if (
         weight.requires_grad
         or (bias is not None and bias.requires_grad)

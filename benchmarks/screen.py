@@ -1,0 +1,45 @@
+"""What a screen costs and how well it ranks: ``gradsift doctor --layers`` on the demo's rows (SmolLM2-135M, every weight).
+
+The demo's rows are written to a folder that is thrown away, so that one command prints the figures of docs/cost.md.
+
+    python benchmarks/screen.py --rows 240 --json docs/results/layers_cost.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from rich.console import Console
+
+from gradsift.cli.doctor import show_shares
+from gradsift.data.exam_rows import DemoCounts, write_demo_rows
+from gradsift.recipe import build_recipe
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", choices=("all", "lora"), default="all")
+    parser.add_argument("--rows", type=int, default=240, help="rows of the pool that are ranked")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_demo_rows(Path(folder), DemoCounts(pool=360))
+        recipe = build_recipe({
+            "pool": [{"label": "medical", "path": str(files.pool)}], "target": str(files.target), "budget": "25%",
+            "anchors": [{"label": name, "path": str(path)} for name, path in files.anchors.items()],
+            "method": {"name": "target_cosine"},
+            "navigator": {"parameters": options.parameters, "device": "cpu"},
+        })  # fmt: skip
+        show_shares(Console(width=160), recipe, options.rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
