@@ -8,17 +8,24 @@ The demo's rows are written to a folder that is thrown away, so that one command
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from benchmarks.trials.common import hardware
 from rich.console import Console
 
 from gradsift.cli.doctor import show_shares
 from gradsift.data.exam_rows import DemoCounts, write_demo_rows
+from gradsift.manifest import write_json_atomic
 from gradsift.recipe import build_recipe
 
 
@@ -39,6 +46,9 @@ def main() -> None:
             "navigator": {"parameters": options.parameters, "device": "cpu"},
         })  # fmt: skip
         show_shares(Console(width=160), recipe, options.rows, options.json)
+    if options.json:
+        told = {"command": shlex.join(["python", *sys.argv]), "hardware": hardware()}
+        write_json_atomic(options.json, {**json.loads(options.json.read_text("utf-8")), **told})
 
 
 if __name__ == "__main__":
