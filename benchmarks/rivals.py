@@ -36,7 +36,7 @@ def directions_by_layer(model: nn.Module) -> dict[str, Tensor]:
 class Bergson(Arm):
     """Bergson 2.5.1's InMemoryCollector: projected gradients into its builder, or cosines by its streaming scorer."""
 
-    def __init__(self, model: nn.Module, num_rows: int, *, exact: bool) -> None:
+    def __init__(self, model: nn.Module, num_rows: int, *, exact: bool, seed: int | None = None) -> None:
         what = ("exact", "exact cosine (a second run)", f"{NUM_DIRECTIONS} cosines")
         sketch = ("projected", f"projected p={RANK}", f"{RANK * RANK} a layer")
         key, label, returns = what if exact else sketch
@@ -59,7 +59,7 @@ class Bergson(Arm):
             model=self.model.base_model,
             data=Dataset.from_dict({"length": [0] * num_rows}),
             cfg=IndexConfig(run_path="unused", loss_reduction="mean"),
-            processor=GradientProcessor(projection_dim=None if exact else RANK),
+            processor=GradientProcessor(projection_dim=None if exact else RANK, projection_seed=seed),
             target_modules=set(layers),
             scorer=scorer,
         )

@@ -42,7 +42,8 @@ class Batch:
         return int(self.lengths.sum())
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> nn.Module:
+def llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> nn.Module:
+    """Make a Llama shape with weights as the current torch seed draws them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -78,9 +79,9 @@ def _gpt2(hidden: int, layers: int, heads: int, vocabulary: int) -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "Llama-10M": lambda: _llama(256, 768, 7, 4, 8192),
+    "Llama-10M": lambda: llama(256, 768, 7, 4, 8192),
     "GPT-2-8.5M": lambda: _gpt2(256, 8, 4, 8192),
-    "Llama-51M": lambda: _llama(512, 1536, 10, 8, 16384),
+    "Llama-51M": lambda: llama(512, 1536, 10, 8, 16384),
     "GPT-2-46M": lambda: _gpt2(512, 12, 8, 16384),
     "SmolLM2-135M": lambda: _smollm2(),
 }
