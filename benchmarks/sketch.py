@@ -71,7 +71,7 @@ def exact_gram(model: nn.Module, names: Sequence[str], batches: Sequence[Batch])
         for name in group:
             flat = torch.stack([one[name].flatten() for one in gradients]).double()
             gram += flat @ flat.t()
-        del gradients, flat  # before the next are made
+        del gradients  # before the next are made
     return gram
 
 
