@@ -72,7 +72,7 @@ class PlainProducts(Plain):
 
     def step(self, batch: Batch) -> None:
         with TrainedProducts():
-            backward(self.model, batch)
+            super().step(batch)
 
 
 class _Trained(torch.autograd.Function):
@@ -90,7 +90,9 @@ class _Trained(torch.autograd.Function):
         down = products.linear(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
         whole = None
         if ctx.needs_input_grad[1]:
-            whole = products.linear(g.t().contiguous(), x.reshape(-1, x.shape[-1]).t())
+            flat = x.reshape(-1, x.shape[-1])  # the smaller factor is the one that is laid out anew
+            small = g.shape[1] < flat.shape[1]
+            whole = products.linear(g.t(), flat.t()) if small else products.linear(flat.t(), g.t()).t()
         return down, whole, g.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -228,6 +230,7 @@ def own_arms(model: nn.Module) -> list[Arm]:
         Plain(model),
         Plain(model, "plain-headless", "plain, no gradient of the head's weight", head=False),
         PlainProducts(model, "plain-products", "plain, its products by oneDNN"),
+        PlainProducts(model, "plain-headless-products", "both of these", head=False),
         ForwardOnly(model),
         Floor(model),
         Less(model),

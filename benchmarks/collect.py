@@ -54,7 +54,8 @@ class Line:
         ratios: seconds over those of ``against`` in the same round.
         headless: seconds over those of plain without the gradient of the head's weight; empty for arms that take that
             gradient, and for LoRA.
-        same_products: seconds over those of plain whose linear layers multiply by oneDNN.
+        same_products: seconds over those of plain whose linear layers multiply by oneDNN, without the gradient of the head's
+            weight where the arm takes none; empty for arms that multiply by torch.
         not_run: why there are no figures, or None.
     """
 
@@ -191,7 +192,7 @@ def measure_model(name: str, num_rows: int, rounds: int) -> ModelResult:
             seconds[arm.key],
             _over(seconds, arm.key, arm.against),
             [] if arm.head or arm.against != "plain" else _over(seconds, arm.key, "plain-headless"),
-            _over(seconds, arm.key, f"{arm.against}-products"),
+            _over(seconds, arm.key, _same_products(arm)) if arm.key.startswith("gradsift") else [],
         )
         for arm in arms
     ]
@@ -208,6 +209,10 @@ def measure_model(name: str, num_rows: int, rounds: int) -> ModelResult:
     return result
 
 
+def _same_products(arm: Arm) -> str:
+    return f"{arm.against}-products" if arm.head or arm.against != "plain" else "plain-headless-products"
+
+
 def _over(seconds: dict[str, list[float]], key: str, other: str) -> list[float]:
     return [a / b for a, b in zip(seconds[key], seconds[other], strict=True)]
 
@@ -218,11 +223,11 @@ def _in_order(lines: list[Line]) -> list[Line]:
     halves = [line for part in parts for line in lines if line.key == part and not line.not_run]
     if len(halves) == len(parts):
         seconds = [sum(pair) for pair in zip(*(h.seconds for h in halves), strict=True)]
-        ratios, headless, same = (
+        ratios, headless = (
             [sum(pair) for pair in zip(*(getattr(h, name) for h in halves), strict=True)]
-            for name in ("ratios", "headless", "same_products")
+            for name in ("ratios", "headless")
         )
-        lines.append(Line(key, label, returns, "plain", seconds, ratios, headless, same))
+        lines.append(Line(key, label, returns, "plain", seconds, ratios, headless))
     else:
         lines.append(Line(key, label, returns, "plain", not_run="needs both runs above"))
     lora = ("lora-plain", "lora-plain-products", "gradsift-lora")
@@ -230,6 +235,7 @@ def _in_order(lines: list[Line]) -> list[Line]:
         "plain",
         "plain-headless",
         "plain-products",
+        "plain-headless-products",
         "forward",
         "floor",
         "less",
@@ -362,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=max(130, Console().width))
     facts = {
         "command": " ".join(["benchmarks/collect.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -379,7 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "clock": "process CPU seconds",
             "ratio": "arm / plain forward+backward of the same round; LoRA against its own",
             "headless": "the same without the gradient of the head's weight on both sides",
-            "same_products": "the same over plain whose linear layers multiply by oneDNN, as gradsift's do where it pays",
+            "same_products": "the same over plain whose linear layers multiply by oneDNN, as gradsift's do where it pays, both "
+            "without the gradient of the head's weight for the body",
             "onednn_pays": products.pays(),
         },
     }
@@ -388,6 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for name in options.models:
         results.append(measure_model(name, options.rows, options.rounds))
+        gc.collect()  # arms and their hooks refer to each other
         show(results[-1], console, absolute=options.absolute)
         if options.json:  # after each model, so that a run cut short keeps what it has
             text = json.dumps({**facts, "models": [_as_json(r) for r in results]}, indent=1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradsift.gradients.prefold import Cells, add_lookups_, add_outer_, add_rows_
 from gradsift.gradients.products import add_outer_ as add_to_mean_
-from gradsift.gradients.products import linear, outer_, takes, turned
+from gradsift.gradients.products import linear, outer_, rounded, takes, turned, worth
 from gradsift.gradients.project import Projector, signs
 
 TILE = 1 << 16  # entries of one gradient tile; 256 KiB in float32, half of a typical second-level cache
@@ -83,6 +83,13 @@ class Outer:
             return self.x[b, :n], self.g[b, :n]
         s = self.starts[b]
         return self.x[s : s + n], self.g[s : s + n]
+
+    def padded_row(self, b: int) -> tuple[Float[Tensor, "L cols"], Float[Tensor, "L rows"]]:
+        """Give the same with some of the padding behind it, where that makes products of one shape."""
+        if self.starts is not None:
+            return self.row(b)
+        n = rounded(self.lengths[b], self.x.shape[1])
+        return self.x[b, :n], self.g[b, :n]
 
 
 @dataclass(frozen=True)
@@ -246,11 +253,11 @@ class Block:
 
     def _as_dense(self, outer: Outer) -> Dense:
         """Form small gradients for the whole batch in one product; padding has zero output gradient."""
-        if not takes(outer.g, outer.x):
+        if not (takes(outer.g, outer.x) and worth(self.rows, self.cols, sum(outer.lengths) // len(outer.lengths))):
             return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).view(outer.x.shape[0], -1))
         formed = outer.x.new_empty(outer.x.shape[0], self.rows, self.cols)
         for b, place in enumerate(formed):
-            x, g = outer.row(b)
+            x, g = outer.padded_row(b)
             outer_(place, g, x)
         return Dense(formed.view(len(formed), -1))
 
@@ -266,7 +273,7 @@ class Block:
         height = max(1, min(rows, TILE // cols))
         scratch = self._buffer(outer.x, min(CHUNK, num), height * cols)
         live = [b for b in range(num) if outer.lengths[b]]
-        pairs = {b: (x, turned(g)) for b in live for x, g in [outer.row(b)]}
+        pairs = {b: (x.contiguous(), turned(g)) for b in live for x, g in [outer.padded_row(b)]}
         for low in range(0, rows, height):
             high = min(rows, low + height)
             for first in range(0, len(live), CHUNK):

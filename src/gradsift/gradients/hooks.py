@@ -587,7 +587,8 @@ class GradientEngine:
     def _call(self, **inputs: Any) -> Tensor:
         """Run the model forward to its logits."""
         # Weights that are dealt out are whole only while a layer runs, so no graph may hold them.
-        fast = self.road == "tiles" and products.pays() and not calls.is_bound(self.model)
+        compiled = hasattr(self.model, "_orig_mod")
+        fast = self.road == "tiles" and products.pays() and not calls.is_bound(self.model) and not compiled
         with products.FrozenProducts() if fast else nullcontext():
             return self.model(**inputs).logits
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradsift.errors import ConfigError
-from gradsift.gradients.products import outer_, takes
+from gradsift.gradients.products import outer_, rounded, takes, worth
 from gradsift.gradients.project import cell_shape, fold_
 
 BUFFER = 1 << 18  # cells of some examples that are formed before they are folded; 1 MiB in float32
@@ -141,13 +141,15 @@ def folded_products(
     step = max(1, BUFFER // (high * wide))
     for first in range(0, len(lengths), step):
         some = range(first, min(len(lengths), first + step))
-        full = x.device.type != "cpu" or (sum(lengths) > 0.9 * g.shape[0] * g.shape[1] and not takes(x, g))
+        fast = takes(x, g) and worth(high, wide, sum(lengths) // max(1, len(lengths)))
+        full = x.device.type != "cpu" or (sum(lengths) > 0.9 * g.shape[0] * g.shape[1] and not fast)
         if starts is None and full:
             product = torch.bmm(g[some.start : some.stop].transpose(1, 2), x[some.start : some.stop])
         else:
             product = x.new_empty(len(some), high, wide)
-            for k, b in enumerate(some):  # true lengths: nothing is spent on padding
-                at = (b, slice(lengths[b])) if starts is None else slice(starts[b], starts[b] + lengths[b])
+            for k, b in enumerate(some):  # true lengths, or nearly: little is spent on padding
+                n = lengths[b]
+                at = (b, slice(rounded(n, g.shape[1]))) if starts is None else slice(starts[b], starts[b] + n)
                 outer_(product[k], g[at], x[at])
         yield some, product
 

@@ -10,6 +10,7 @@ Weights are frozen while gradients are collected, so a linear layer is two produ
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-SHORT = 16  # sums shorter than this are faster in MKL
+WORTH = 1 << 21  # multiplications of a product below which MKL is as fast
+WHOLE = 16  # lengths of outer products are rounded up to this, so that few shapes are compiled
 SLAB = 1 << 20  # entries that are formed beside the matrix they are added to
 _LINEAR = functional.linear
 
 
 @cache
 def pays() -> bool:
-    """Whether oneDNN is the faster one here: MKL, an AVX-512 processor and another vendor than Intel."""
-    return (
+    """Whether oneDNN is the faster one here: MKL, an AVX-512 processor and another vendor than Intel; asked once a process."""
+    found = (
         torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and vendor() not in ("", "GenuineIntel")
     )
+    if found:
+        # A kernel is compiled for every shape and kept, by default 1,024 in each of two caches: up to 1.4 GB with rows of many
+        # lengths. These hold what one micro-batch needs, at most 0.2 GB.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+    return found
 
 
 def vendor() -> str:
@@ -46,18 +55,45 @@ def vendor() -> str:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether a product of these goes to oneDNN.
+    """Whether a product of these may go to oneDNN.
 
     Args:
         tensors: the factors.
 
     Returns:
-        True for float32 on a CPU where it pays and nothing is empty.
+        True for plain float32 tensors on a CPU where it pays and nothing is empty.
     """
     return pays() and all(
         type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0
         for t in tensors
     )
+
+
+def worth(rows: int, cols: int, length: int) -> bool:
+    """Whether a product is large enough for oneDNN to win.
+
+    Args:
+        rows: of the result.
+        cols: of the result.
+        length: of its sums.
+
+    Returns:
+        True from ``WORTH`` multiplications on.
+    """
+    return rows * cols * length >= WORTH
+
+
+def rounded(length: int, most: int) -> int:
+    """Round a length up where what lies beyond is zero, so that rows of like lengths have products of one shape.
+
+    Args:
+        length: tokens of a row.
+        most: tokens that are there, zeros included.
+
+    Returns:
+        The length itself where oneDNN is not used.
+    """
+    return min(most, -(-length // WHOLE) * WHOLE) if pays() else length
 
 
 def linear(
@@ -73,8 +109,11 @@ def linear(
     Returns:
         [..., n].
     """
-    if takes(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if takes(x, weight, *([] if bias is None else [bias])) and worth(x.numel() // x.shape[-1], *weight.shape):
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):  # other layouts have no kernel, but a loop
+            weight = weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return functional.linear(x, weight, bias)
 
 
@@ -86,8 +125,8 @@ def outer_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: Float[T
         left: [L, r]; its transpose is best contiguous.
         right: [L, c].
     """
-    if left.shape[0] >= SHORT and takes(left, right):
-        out.copy_(torch.ops.mkldnn._linear_pointwise(left.t().contiguous(), right.t(), None, "none", [], ""))
+    if worth(*out.shape, left.shape[0]) and takes(left, right):
+        out.copy_(linear(left.t(), right.t()))
     else:
         torch.mm(left.t(), right, out=out)
 
@@ -100,14 +139,12 @@ def add_outer_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: Flo
         left: [L, r].
         right: [L, c].
     """
-    if left.shape[0] < SHORT or not takes(left, right):
+    if not (worth(*out.shape, left.shape[0]) and takes(left, right)):
         out.addmm_(left.t(), right)
         return
     height = max(1, SLAB // out.shape[1])
     for low in range(0, out.shape[0], height):
-        slab = out[low : low + height]
-        some = left[:, low : low + height].t().contiguous()
-        slab += torch.ops.mkldnn._linear_pointwise(some, right.t(), None, "none", [], "")
+        out[low : low + height] += linear(left[:, low : low + height].t(), right.t())
 
 
 def turned(left: Float[Tensor, "L r"]) -> Float[Tensor, "L r"]:
@@ -119,7 +156,7 @@ def turned(left: Float[Tensor, "L r"]) -> Float[Tensor, "L r"]:
     Returns:
         The same numbers.
     """
-    return left.t().contiguous().t() if left.shape[0] >= SHORT and takes(left) else left
+    return left.t().contiguous().t() if takes(left) else left
 
 
 class _Frozen(torch.autograd.Function):
@@ -127,16 +164,20 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+        ctx.save_for_backward(weight)
         return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return linear(grads[0], ctx.weight.t()), None, None
+        (weight,) = ctx.saved_tensors
+        return linear(grads[0], weight.t()), None, None
 
 
 class FrozenProducts(TorchFunctionMode):
-    """While it is entered, products of a model's tokens with frozen weights go the faster way, forward and backward."""
+    """While it is entered, products of a model's tokens with frozen weights go the faster way, forward and backward.
+
+    For a model in eval mode: a checkpointed layer would be computed again outside of it.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take linear layers (``linear``) and GPT-2's (``addmm``); leave everything else as it is."""
@@ -152,12 +193,9 @@ class FrozenProducts(TorchFunctionMode):
 
 
 def _frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if (
-        weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or weight.ndim != 2
-        or not takes(input, weight)
-    ):
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    odd = weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1])
+    if trained or odd or not takes(input, weight) or torch.is_autocast_enabled("cpu"):
         return None
     if input.requires_grad and torch.is_grad_enabled():
         return _Frozen.apply(input, weight, bias)  # type: ignore[return-value]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsift.gradients.blocks import TILE, Block, Contribution, Dense, Outer, Totals, row_squares
-from gradsift.gradients.products import outer_, takes
+from gradsift.gradients.products import outer_, takes, worth
 from gradsift.gradients.project import fold_
 
 ROOM = 1 << 19  # entries of a tray, all examples together: 2 MiB in float32, and a tile's length for each of eight
@@ -149,11 +149,13 @@ def _is_small(block: Block, dim: int | None) -> bool:
 def _form(outer: Outer, place: Float[Tensor, "B rows cols"]) -> None:
     """Form every example's gradient; padding has zero output gradient."""
     size, width = outer.g.shape[:2]
-    if sum(outer.lengths) > PADDED * size * width and not takes(outer.g, outer.x):
+    length = sum(outer.lengths) // size
+    fast = takes(outer.g, outer.x) and worth(outer.g.shape[2], outer.x.shape[2], length)
+    if length > PADDED * width and not fast:
         torch.bmm(outer.g.transpose(1, 2), outer.x, out=place)
         return
     for b in range(size):
-        x, g = outer.row(b)
+        x, g = outer.padded_row(b)
         outer_(place[b], g, x)
 
 

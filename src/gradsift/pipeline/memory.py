@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gradsift.data.batches import plan_batches, plan_order
 from gradsift.data.prompts import prompt_mask
+from gradsift.gradients import products
 from gradsift.gradients.outline import Kept, trace_kept
 from gradsift.models.adapter import attach_lora
 from gradsift.models.load import resolve_device
@@ -30,6 +31,7 @@ TILES = 8 << 20  # scratch of the tiles and of the fold
 HEAP = 1 / 3  # of what a micro-batch keeps: freed pieces that malloc keeps between sizes (measured 0.3 to 0.5, glibc)
 CACHE = 0.1  # the same of CUDA's caching allocator (not measured)
 FIRST_USE = 48 << 20  # what the arithmetic libraries set up when they first run
+COMPILED = 160 << 20  # kernels that oneDNN compiles for the shapes it meets, where it is used (products.pays)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class PassMemory:
     @property
     def peak(self) -> int:
         """Bytes at the peak, in the memory that the model is in."""
-        kept = self.activations + self.logits + self.allocator + TILES + FIRST_USE
+        compiled = COMPILED if self.device == "cpu" and products.pays() else 0
+        kept = self.activations + self.logits + self.allocator + TILES + FIRST_USE + compiled
         return self.held + self.weights + max(self.loading, self.directions + self.learner + max(kept, self.chosen))
 
     def lines(self) -> Iterator[tuple[str, int]]:

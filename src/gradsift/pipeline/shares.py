@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -134,9 +134,10 @@ class ShareTable:
                 f"{top.cost.median:.2f}x of a plain step; measure all layers, or screen and certify with --screen"
             )
         rank = min(best.ranks.values(), key=lambda one: one.rho)
+        after = "; drawn rows and those that may be chosen are then measured exactly" if best.share == PREDICTED else ""
         return (
             f"{best.option} ranks as all layers do to {rank.rho:.2f} [{rank.low:.2f}, {rank.high:.2f}] or better, "
-            f"at {best.cost.median:.2f}x of a plain step"
+            f"at {best.cost.median:.2f}x of a plain step{after}"
         )
 
 
@@ -460,16 +461,24 @@ def _table(
             said = _predicted(found[SCREEN], truth, rows, order[:fitted])
             if said is not None:
                 rest = order[fitted:]
-                text = f"the same, exact signals predicted by a fit on {fitted} rows, judged on the other {len(rest)}"
-                lines.append(ShareLine(PREDICTED, text, *costs, ranks(said[rest], truth[rest])))
+                text = f"the same, predicted by a fit on {fitted} rows, judged on the other {len(rest)}"
+                text += "" if said.parts else "; too few rows to fit groups of layers apart"
+                lines.append(ShareLine(PREDICTED, text, *costs, ranks(said.values[rest], truth[rest])))
     return ShareTable(
         tuple(lines), len(rows), sum(row.num_tokens for row in rows), rounds, sum(plain.seconds), sum(whole.seconds)
     )
 
 
+class _Said(NamedTuple):
+    """A prediction [n, q], and whether groups of layers were fitted apart."""
+
+    values: Float[np.ndarray, "n q"]
+    parts: bool
+
+
 def _predicted(
     cheap: Signals, truth: Float[np.ndarray, "n q"], rows: Sequence[TokenRow], at: Int[np.ndarray, " f"]
-) -> Float[np.ndarray, "n q"] | None:
+) -> _Said | None:
     """Predict exact signals as the screen does, or None where too few rows are fitted on or left."""
     lengths = np.log([[row.num_tokens, row.num_trained] for row in rows])
     columns, ridge = [cheap.values, cheap.facts, lengths], PLAIN_RIDGE
@@ -479,7 +488,7 @@ def _predicted(
     features = np.concatenate(columns, axis=1)
     if len(at) <= features.shape[1] + 1 or len(rows) - len(at) < LEAST_ROWS:
         return None
-    return fit_screen(features[at], truth[at], ridge=ridge).predict(features)
+    return _Said(fit_screen(features[at], truth[at], ridge=ridge).predict(features), parts is not None)
 
 
 def ratio(arm: Any, against: Any) -> Ratio:

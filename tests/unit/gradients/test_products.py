@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,14 @@ def pays(request, monkeypatch):
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("not run: torch without oneDNN")
     monkeypatch.setattr(products, "pays", lambda: request.param)
+    monkeypatch.setattr(products, "WORTH", 0)  # toys are small
     return request.param
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    monkeypatch.setattr(products, "pays", lambda: True)
+    monkeypatch.setattr(products, "WORTH", 0)
 
 
 def drawn(seed, *shapes):
@@ -49,6 +57,7 @@ def test_outer_products_in_any_shape_and_layout(rows, cols, length, seed, wide, 
     out = torch.full((rows, cols), float("nan"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "pays", lambda: True)
+        patch.setattr(products, "WORTH", 0)
         products.outer_(out, products.turned(left) if whole else left, right)
         assert close(out, want)
         products.add_outer_(out, left, right)
@@ -56,38 +65,68 @@ def test_outer_products_in_any_shape_and_layout(rows, cols, length, seed, wide, 
 
 
 @needs_onednn
-def test_a_matrix_is_added_to_in_slabs(monkeypatch):
+def test_a_matrix_is_added_to_in_slabs(monkeypatch, forced):
     left, right = drawn(1, (20, 30), (20, 7))
-    monkeypatch.setattr(products, "pays", lambda: True)
     monkeypatch.setattr(products, "SLAB", 7 * 8)  # eight rows at a time, six in the last
     out = torch.ones(30, 7)
     products.add_outer_(out, left, right)
     assert close(out, 1 + left.double().t() @ right.double())
 
 
+BIASES = ("none", "whole", "strided", "expanded", "one")
+LAYOUTS = ("rows", "turned", "columns of wider rows", "expanded")
+
+
+def bias_of(kind, n):
+    (some,) = drawn(6, (2 * n,))
+    kinds = {"none": None, "whole": some[:n], "strided": some[::2], "expanded": some[:1].expand(n), "one": some[:1]}
+    return kinds[kind]
+
+
+def laid_out(kind, n, k):
+    wide, turned, row = drawn(7, (n, k + 3), (k, n), (1, k))
+    kinds = {"rows": wide[:, :k].contiguous(), "turned": turned.t(), "columns of wider rows": wide[:, 1 : k + 1]}
+    return {**kinds, "expanded": row.expand(n, k)}[kind]
+
+
 @needs_onednn
-@given(lead=st.lists(st.integers(1, 5), max_size=3), n=NARROW, k=NARROW, bias=st.booleans(), turned=st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_a_frozen_layer_is_the_same_layer(lead, n, k, bias, turned):
-    x, weight, shift, slope = drawn(2, (*lead, k), (k, n) if turned else (n, k), (n,), (*lead, n))
-    weight = weight.t() if turned else weight
+@given(lead=st.lists(st.integers(1, 5), max_size=3), n=NARROW, k=NARROW, bias=st.sampled_from(BIASES),
+       weight=st.sampled_from(LAYOUTS), input_=st.sampled_from(["whole", "turned", "expanded"]))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_a_frozen_layer_is_the_same_layer(lead, n, k, bias, weight, input_):
+    x, slope = drawn(2, (*lead, k), (*lead, n))
+    shift, weight = bias_of(bias, n), laid_out(weight, n, k)
+    if input_ == "turned" and lead:
+        x = drawn(3, (*lead[:-1], k, lead[-1]))[0].transpose(-1, -2)
+    if input_ == "expanded":
+        x, slope = drawn(4, (k,))[0].expand(*lead, k), drawn(5, (n,))[0].expand(*lead, n)
     found = {}
     for name in (True, False):
-        seen = x.clone().requires_grad_(True)
+        seen = x.detach().requires_grad_(True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(products, "pays", lambda name=name: name)
+            patch.setattr(products, "WORTH", 0)
             with products.FrozenProducts():
-                out = functional.linear(seen, weight, shift if bias else None)
-        out.backward(slope)
-        found[name] = (out, seen.grad)
+                out = functional.linear(seen, weight, shift)
+            (grad,) = torch.autograd.grad(out, seen, slope)
+        found[name] = (out, grad)
     for fast, plain in zip(found[True], found[False], strict=True):
         assert fast.shape == plain.shape
         assert close(fast, plain.double())
 
 
 @needs_onednn
-def test_what_is_trained_or_double_or_empty_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr(products, "pays", lambda: True)
+def test_a_weight_that_is_written_to_before_the_backward_is_told(forced):
+    x, weight = drawn(3, (4, 8), (5, 8))
+    with products.FrozenProducts():
+        out = functional.linear(x.requires_grad_(True), weight)
+    weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@needs_onednn
+def test_what_is_trained_or_double_or_empty_is_left_to_torch(monkeypatch, forced):
     taken = []
     monkeypatch.setattr(products, "linear", lambda *args: taken.append(args))
     x, weight = drawn(3, (4, 8), (5, 8))
@@ -99,14 +138,35 @@ def test_what_is_trained_or_double_or_empty_is_left_to_torch(monkeypatch):
         functional.linear(x[:0], weight)
         torch.addmm(torch.zeros(4, 5), x, weight.t())  # no bias: a matrix
         torch.addmm(torch.zeros(5), x, weight.t(), beta=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.linear(x, weight).dtype == torch.bfloat16
     assert not taken
     assert trained.requires_grad
     functional.linear(x, weight)  # outside
     assert not taken
     with products.FrozenProducts():
         functional.linear(x, weight)
+        functional.linear(input=x, weight=weight)
         torch.addmm(torch.zeros(5), x, weight.t())
-    assert len(taken) == 2
+    assert len(taken) == 3
+
+
+@needs_onednn
+def test_small_products_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(products, "pays", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)  # a call would raise
+    x, weight = drawn(3, (4, 8), (5, 8))
+    products.linear(x, weight)
+    products.outer_(torch.empty(8, 5), x, drawn(4, (4, 5))[0])
+    with pytest.raises(TypeError):
+        products.linear(torch.ones(128, 128), torch.ones(128, 128))
+
+
+def test_lengths_are_rounded_up_to_what_is_there(monkeypatch):
+    monkeypatch.setattr(products, "pays", lambda: True)
+    assert [products.rounded(n, 40) for n in (1, 16, 17, 33, 40)] == [16, 16, 32, 40, 40]
+    monkeypatch.setattr(products, "pays", lambda: False)
+    assert products.rounded(17, 40) == 17
 
 
 @pytest.mark.parametrize("toy", sorted(TOYS))
@@ -150,6 +210,7 @@ def test_linear_layers_of_both_kinds_go_the_faster_way(make, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("not run: torch without oneDNN")
     monkeypatch.setattr(products, "pays", lambda: True)
+    monkeypatch.setattr(products, "WORTH", 0)
     calls, plain = [], products.linear
     monkeypatch.setattr(products, "linear", lambda *args: calls.append(args[1].shape) or plain(*args))
     model = make(dtype=torch.float32)
@@ -199,7 +260,19 @@ def test_it_pays_on_other_vendors_processors_with_avx512(vendor, capability, one
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     assert products.pays.__wrapped__() is want
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"  # a user's own setting stays
+    assert os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == ("64" if want else None)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_it_is_switched_off_with_onednn_itself():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert products.pays.__wrapped__() is False
 
 
 def test_only_a_cpu_in_single_precision_is_said_to_use_it(monkeypatch):

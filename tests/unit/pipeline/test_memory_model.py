@@ -110,9 +110,11 @@ def test_positions_are_those_at_which_logits_are_made_prompts_included(template)
     assert largest_batch(rows, 200, 64, 260).num_positions == 16
 
 
-def test_the_peak_is_the_larger_of_loading_and_the_pass():
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_peak_is_the_larger_of_loading_and_the_pass(pays, monkeypatch):
+    monkeypatch.setattr(memory.products, "pays", lambda: pays)
     part = PassMemory(held=100, weights=10, loading=0, directions=4, activations=50, logits=5)
-    rest = memory.TILES + memory.FIRST_USE
+    rest = memory.TILES + memory.FIRST_USE + pays * memory.COMPILED
     assert part.peak == 100 + 10 + 4 + 50 + 5 + rest
     assert dataclasses.replace(part, loading=10**9).peak == 110 + 10**9
     assert dataclasses.replace(part, chosen=10**9).peak == 114 + 10**9
@@ -142,6 +144,7 @@ def test_auto_takes_the_largest_budget_that_fits(monkeypatch, room):
                            "collect": {"tokens_per_batch": "auto"}, "navigator": {"device": "cpu"}})  # fmt: skip
     monkeypatch.setattr(memory._Outline, "of", classmethod(lambda cls, prepared, gradients, prompts: Linear()))
     monkeypatch.setattr(memory, "available", lambda device: room)
+    monkeypatch.setattr(memory.products, "pays", lambda: False)
 
     @dataclasses.dataclass(frozen=True)
     class Inputs:
