@@ -13,11 +13,11 @@ from gradsift.gradients.products import linear
 def head_squares(seen: Seen) -> Float[Tensor, " B"]:
     """Squared norm of the LM head's gradient by two Gram matrices: sum_tu (d_t . d_u)(h_t . h_u) (grads.md 2.1)."""
     assert seen.starts is not None
-    out = []
-    for start, n in zip(seen.starts, seen.lengths, strict=True):
+    out = torch.zeros(len(seen.lengths), dtype=torch.float64, device=seen.g.device)
+    for b, (start, n) in enumerate(zip(seen.starts, seen.lengths, strict=True)):
         x, g = seen.x[start : start + n], seen.g[start : start + n]
-        out.append((linear(g, g).double() * linear(x, x).double()).sum())
-    return torch.stack(out)
+        out[b] = (linear(g, g).double() * linear(x, x).double()).sum()
+    return out
 
 
 def embedding_squares(rule: LayerRule | None, module: nn.Module, seen: Seen) -> Float[Tensor, " B"]:

@@ -154,4 +154,5 @@ def gram_squares(outer: Outer) -> Float[Tensor, " B"]:
         of_g, of_x = (torch.bmm(part, part.transpose(1, 2)).double() for part in (outer.g, outer.x))
         return (of_g * of_x).sum((1, 2))
     pairs = [outer.row(b) for b in range(len(outer.lengths))]
-    return torch.stack([((g @ g.t()).double() * (x @ x.t()).double()).sum() for x, g in pairs])
+    found = [((g @ g.t()).double() * (x @ x.t()).double()).sum() for x, g in pairs]
+    return torch.stack(found) if found else outer.g.new_zeros(0, dtype=torch.float64)
