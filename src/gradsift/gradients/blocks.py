@@ -254,12 +254,12 @@ class Block:
     def _as_dense(self, outer: Outer) -> Dense:
         """Form small gradients for the whole batch in one product; padding has zero output gradient."""
         if not (takes(outer.g, outer.x) and worth(self.rows, self.cols, sum(outer.lengths) // len(outer.lengths))):
-            return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).view(outer.x.shape[0], -1))
+            return Dense(torch.bmm(outer.g.transpose(1, 2), outer.x).flatten(1))
         formed = outer.x.new_empty(outer.x.shape[0], self.rows, self.cols)
         for b, place in enumerate(formed):
             x, g = outer.padded_row(b)
             outer_(place, g, x)
-        return Dense(formed.view(len(formed), -1))
+        return Dense(formed.flatten(1))
 
     def _measure_outer(self, outer: Outer, totals: Totals) -> None:
         folds_far = totals.sketch is not None and FOLDS_FAR * self.cells.count <= self.numel

@@ -190,11 +190,11 @@ def add_rows_(sketch: Float[Tensor, "B D"], formed: Float[Tensor, "B n"], low: i
     """
     high, wide = cells.shape
     cols = cells.col_sign.shape[0]
-    folded = fold_signed(formed.view(formed.shape[0], -1, cols), cells.col_sign, wide)
+    folded = fold_signed(formed.unflatten(1, (-1, cols)), cells.col_sign, wide)
     stop = low + folded.shape[1]
     folded = folded * cells.row_sign[low:stop, None]
     while low < stop:  # rows until R is full
         count = min(stop - low, high - low % high)
         part = folded[:, folded.shape[1] - (stop - low) :][:, :count]
-        fold_(sketch, part.reshape(part.shape[0], -1), cells.offset + low % high * wide)
+        fold_(sketch, part.flatten(1), cells.offset + low % high * wide)
         low += count
