@@ -18,8 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradsift.gradients.prefold import Cells, add_lookups_, add_outer_, add_rows_
-from gradsift.gradients.products import add_outer_ as add_to_mean_
-from gradsift.gradients.products import linear, outer_, rounded, takes, turned, worth
+from gradsift.gradients.products import add_product_, linear, outer_, rounded, takes, turned, worth
 from gradsift.gradients.project import Projector, signs
 
 TILE = 1 << 16  # entries of one gradient tile; 256 KiB in float32, half of a typical second-level cache
@@ -357,7 +356,7 @@ class Block:
     def _add_to_mean(self, outers: Sequence[Outer], scatters: Sequence[Scatter], denses: Sequence[Dense]) -> None:
         assert self.mean is not None
         for outer in outers:
-            add_to_mean_(self.mean, outer.g.reshape(-1, self.rows), outer.x.reshape(-1, self.cols))
+            add_product_(self.mean, outer.g.reshape(-1, self.rows), outer.x.reshape(-1, self.cols))
         for scatter in scatters:
             self.mean.index_add_(0, scatter.ids.reshape(-1), scatter.g.reshape(-1, self.cols))
         for dense in denses:

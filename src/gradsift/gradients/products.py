@@ -131,7 +131,7 @@ def outer_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: Float[T
         torch.mm(left.t(), right, out=out)
 
 
-def add_outer_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: Float[Tensor, "L c"]) -> None:
+def add_product_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: Float[Tensor, "L c"]) -> None:
     """Add sum_t left_t right_t' to a matrix, slab by slab of its rows.
 
     Args:

@@ -60,7 +60,7 @@ def test_outer_products_in_any_shape_and_layout(rows, cols, length, seed, wide, 
         patch.setattr(products, "WORTH", 0)
         products.outer_(out, products.turned(left) if whole else left, right)
         assert close(out, want)
-        products.add_outer_(out, left, right)
+        products.add_product_(out, left, right)
     assert close(out, 2 * want)
 
 
@@ -69,7 +69,7 @@ def test_a_matrix_is_added_to_in_slabs(monkeypatch, forced):
     left, right = drawn(1, (20, 30), (20, 7))
     monkeypatch.setattr(products, "SLAB", 7 * 8)  # eight rows at a time, six in the last
     out = torch.ones(30, 7)
-    products.add_outer_(out, left, right)
+    products.add_product_(out, left, right)
     assert close(out, 1 + left.double().t() @ right.double())
 
 
