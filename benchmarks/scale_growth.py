@@ -2,7 +2,8 @@
 
 Cost: CPU seconds of the product's own pass (measure_shard, sketches, exact dots with two directions, all weights) with a small
 Llama of random weights, one thread, sizes interleaved, the least of the rounds; the exponent is the slope of log seconds over
-log size. Memory: VmHWM of a process that commits stub rows of 1,024 numbers through the store's writer, with and without
+log size. A row has a cost of its own beside that of its tokens (dots and folding read every weight once), so with short rows the
+exponent over length is below 1. Memory: VmHWM of a process that commits stub rows of 1,024 numbers through the store's writer, with and without
 their tokens in memory, as a run has them.
 """
 
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SIZES = (128, 256, 512)
-LENGTHS = (64, 128, 256)
+SIZES = (512, 1024, 2048)
+LENGTHS = (256, 512, 1024)
+LENGTH_ROWS = 64
 ROUNDS = 3
 STUB_ROWS = (10_000, 50_000, 200_000)
 
@@ -50,7 +52,7 @@ def make_pass() -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=1024, max_position_embeddings=512,
+        vocab_size=1024, max_position_embeddings=1024,
     )).eval()  # fmt: skip
     names, projector = [name for name, _ in model.named_parameters()], Projector(7, 4093)
     built = [build_direction(name, model, names, token_rows(16, 64, 1024, seed), projector, tokens_per_batch=1024, pad_id=0)
@@ -67,11 +69,14 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 def cost() -> dict[str, Any]:
     """Measure both growths."""
+    import torch
+
     from gradsift.gradients.collect import measure_shard
 
+    torch.set_num_threads(1)
     run, _ = make_pass()
     cases = {("rows", n): token_rows(n, 128, 1024, 1) for n in SIZES}
-    cases |= {("length", n): token_rows(192, n, 1024, 2) for n in LENGTHS}
+    cases |= {("length", n): token_rows(LENGTH_ROWS, n, 1024, 2) for n in LENGTHS}
     spent: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     with run.engine:
         measure_shard(run, cases["rows", SIZES[0]][:32])
