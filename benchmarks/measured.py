@@ -37,7 +37,7 @@ INTRODUCTIONS = {
     ),
     "family-text": (
         "In the [text world](../results/README.md) (a small model that has read no medical text "
-        f"{TEXT}, the method's own defaults, tried nowhere before); {LOSSES}, {FIGURES}"
+        f"{TEXT}, the method's own defaults, not tried in this world before); {LOSSES}, {FIGURES}"
     ),
     "family-text-rest": (
         "In the [text world](../results/README.md) (a small model that has read no medical text "
