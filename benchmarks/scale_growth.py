@@ -2,8 +2,9 @@
 
 Cost: CPU seconds of the product's own pass (measure_shard, sketches, exact dots with two directions, all weights) with a small
 Llama of random weights, one thread, sizes interleaved, the least of the rounds; the exponent is the slope of log seconds over
-log size. A row has a cost of its own beside that of its tokens (dots and folding read every weight once), so with short rows the
-exponent over length is below 1. Memory: VmHWM of a process that commits stub rows of 1,024 numbers through the store's writer, with and without
+log size, of all sizes and of neighboring ones. Where oneDNN multiplies, a kernel is compiled for every length that occurs, so small
+pools cost more a row. A row has a cost of its own beside that of its tokens (dots and folding read every weight once), and
+attention costs a token the more the longer its row: the exponent over length begins below 1 and ends above. Memory: VmHWM of a process that commits stub rows of 1,024 numbers through the store's writer, with and without
 their tokens in memory, as a run has them.
 """
 
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SIZES = (512, 1024, 2048)
-LENGTHS = (256, 512, 1024)
+SIZES = (2048, 4096, 8192)
+LENGTHS = (64, 128, 256, 512, 1024)
 LENGTH_ROWS = 64
 ROUNDS = 3
 STUB_ROWS = (10_000, 50_000, 200_000)
@@ -93,7 +94,8 @@ def cost() -> dict[str, Any]:
         least = [min(spent[case]) for case in mine]
         sizes = [float(case[1]) for case in mine] if kind == "rows" else tokens
         found[kind] = {"sizes": [case[1] for case in mine], "tokens": tokens, "cpu_seconds": [spent[c] for c in mine],
-                       "exponent": exponent(sizes, least)}  # fmt: skip
+                       "exponent": exponent(sizes, least),
+                       "steps": [exponent(sizes[k : k + 2], least[k : k + 2]) for k in range(len(least) - 1)]}  # fmt: skip
     return found
 
 
@@ -138,6 +140,8 @@ def growth(given: argparse.Namespace) -> None:
             print(f"{tokens:12} {rows:8} {json.dumps(one)[:300]}", flush=True)
     found["cost"] = cost()
     for kind, one in found["cost"].items():
-        print(f"{kind:7} {one['sizes']} exponent {one['exponent']:.3f} seconds {[min(s) for s in one['cpu_seconds']]}")
+        steps = ", ".join(f"{step:.3f}" for step in one["steps"])
+        least = ", ".join(f"{min(s):.2f}" for s in one["cpu_seconds"])
+        print(f"{kind:7} {one['sizes']} exponent {one['exponent']:.3f} (steps {steps}), CPU seconds {least}")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
