@@ -58,7 +58,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether a product of these may go to oneDNN.
 
     Args:
-        tensors: the factors.
+        *tensors: the factors.
 
     Returns:
         True for plain float32 tensors on a CPU where it pays and nothing is empty.
@@ -125,7 +125,7 @@ def outer_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: Float[T
         left: [L, r]; its transpose is best contiguous.
         right: [L, c].
     """
-    if worth(*out.shape, left.shape[0]) and takes(left, right):
+    if worth(out.shape[0], out.shape[1], left.shape[0]) and takes(left, right):
         out.copy_(linear(left.t(), right.t()))
     else:
         torch.mm(left.t(), right, out=out)
@@ -139,7 +139,7 @@ def add_product_(out: Float[Tensor, "r c"], left: Float[Tensor, "L r"], right: F
         left: [L, r].
         right: [L, c].
     """
-    if not (worth(*out.shape, left.shape[0]) and takes(left, right)):
+    if not (worth(out.shape[0], out.shape[1], left.shape[0]) and takes(left, right)):
         out.addmm_(left.t(), right)
         return
     height = max(1, SLAB // out.shape[1])

@@ -427,7 +427,8 @@ def _run(
 
 def _joined(some: Sequence[Signals]) -> Signals:
     parts = None if some[0].parts is None else np.concatenate([one.parts for one in some if one.parts is not None])
-    return Signals(*(np.concatenate([getattr(one, name) for one in some]) for name in ("dots", "norm", "facts")), parts)
+    dots, norm, facts = (np.concatenate([getattr(one, name) for one in some]) for name in ("dots", "norm", "facts"))
+    return Signals(dots, norm, facts, parts)
 
 
 def _table(
