@@ -1,7 +1,7 @@
 """How cost grows with rows and tokens, and resident memory with rows; called by ``scale.py --growth``.
 
 Cost: CPU seconds of the product's own pass (measure_shard, sketches, exact dots with two directions, all weights) with a small
-Llama of random weights, one thread, sizes interleaved, the least of the rounds; the exponent is the slope of log seconds over
+Llama of random weights, one thread, shards of all sizes taking turns, the median of the rounds; the exponent is the slope of log seconds over
 log size, of all sizes and of neighboring ones. Where oneDNN multiplies, a kernel is compiled for every length that occurs, so small
 pools cost more a row. A row has a cost of its own beside that of its tokens (dots and folding read every weight once), and
 attention costs a token the more the longer its row: the exponent over length begins below 1 and ends above. Memory: VmHWM of a process that commits stub rows of 1,024 numbers through the store's writer, with and without
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from datetime import date
@@ -21,9 +22,10 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SIZES = (2048, 4096, 8192)
+SIZES = (1024, 2048, 4096)
 LENGTHS = (64, 128, 256, 512, 1024)
 LENGTH_ROWS = 64
+SHARD = 16
 ROUNDS = 3
 STUB_ROWS = (10_000, 50_000, 200_000)
 
@@ -81,21 +83,26 @@ def cost() -> dict[str, Any]:
     spent: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     with run.engine:
         measure_shard(run, cases["rows", SIZES[0]][:32])
-        for turn in range(ROUNDS):
-            for case in list(cases)[:: 1 if turn % 2 == 0 else -1]:
-                rows, begun = cases[case], time.process_time()
-                for start in range(0, len(rows), 64):
-                    measure_shard(run, rows[start : start + 64])
-                spent[case].append(time.process_time() - begun)
+        # Shards of all cases take turns, each case at its own pace, so that a machine that slows down does so for all of them.
+        turns = sorted(
+            (start / len(rows), case, start) for case, rows in cases.items() for start in range(0, len(rows), SHARD)
+        )
+        for _ in range(ROUNDS):
+            for case in cases:
+                spent[case].append(0.0)
+            for _, case, start in turns:
+                begun = time.process_time()
+                measure_shard(run, cases[case][start : start + SHARD])
+                spent[case][-1] += time.process_time() - begun
     found: dict[str, Any] = {}
     for kind in ("rows", "length"):
         mine = [case for case in cases if case[0] == kind]
         tokens = [float(sum(row.num_tokens for row in cases[case])) for case in mine]
-        least = [min(spent[case]) for case in mine]
+        typical = [statistics.median(spent[case]) for case in mine]
         sizes = [float(case[1]) for case in mine] if kind == "rows" else tokens
         found[kind] = {"sizes": [case[1] for case in mine], "tokens": tokens, "cpu_seconds": [spent[c] for c in mine],
-                       "exponent": exponent(sizes, least),
-                       "steps": [exponent(sizes[k : k + 2], least[k : k + 2]) for k in range(len(least) - 1)]}  # fmt: skip
+                       "exponent": exponent(sizes, typical),
+                       "steps": [exponent(sizes[k : k + 2], typical[k : k + 2]) for k in range(len(typical) - 1)]}  # fmt: skip
     return found
 
 
@@ -141,7 +148,7 @@ def growth(given: argparse.Namespace) -> None:
     found["cost"] = cost()
     for kind, one in found["cost"].items():
         steps = ", ".join(f"{step:.3f}" for step in one["steps"])
-        least = ", ".join(f"{min(s):.2f}" for s in one["cpu_seconds"])
-        print(f"{kind:7} {one['sizes']} exponent {one['exponent']:.3f} (steps {steps}), CPU seconds {least}")
+        typical = ", ".join(f"{statistics.median(s):.2f}" for s in one["cpu_seconds"])
+        print(f"{kind:7} {one['sizes']} exponent {one['exponent']:.3f} (steps {steps}), CPU seconds {typical}")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
