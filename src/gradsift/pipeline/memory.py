@@ -28,7 +28,7 @@ from gradsift.types import Note, TokenRow
 SHARE = 0.8  # of the memory that is free, for auto: the rest is for what else runs and for what is not foreseen
 LEAST, MOST = 256, 16_384  # tokens per batch that auto chooses from, in powers of two
 TILES = 8 << 20  # scratch of the tiles and of the fold
-HEAP = 0.2  # of what a micro-batch keeps: freed pieces that malloc keeps between sizes (measured 0.03 to 0.4, glibc)
+HEAP = 0.15  # of what a micro-batch keeps: freed pieces that malloc keeps between sizes (measured 0.02 to 0.4, glibc)
 CACHE = 0.1  # the same of CUDA's caching allocator (not measured)
 FIRST_USE = 48 << 20  # what the arithmetic libraries set up when they first run
 COMPILED = 128 << 20  # kernels that oneDNN compiles for the shapes it meets, where it is used (products.pays)
