@@ -60,6 +60,40 @@ def test_the_sentences_about_it_hold():
     assert f"took {plain['median']:.2f} of the plain one" in text
 
 
+ARMS = {
+    "gradsift, every weight": "gradsift-all",
+    "gradsift, body": "gradsift-body",
+    "gradsift, LoRA r=16": "gradsift-lora",
+    "gradsift, body, sketch alone": "gradsift-sketch",
+    "bergson 2.5.1, two runs": "bergson-sum",
+    "dattri-llm 0.1.0": "dattri-exact",
+    "LESS's loop, a row at a time": "less",
+    "forward and input gradients by PyTorch, nothing measured": "floor",
+}
+
+
+def spread(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def test_the_speed_table_of_the_readme_is_that_of_the_results():
+    text = (ROOT / "README.md").read_text("utf-8")
+    *four, real = json.loads((RESULTS / "speed.json").read_text("utf-8"))["models"]
+    by_key = [{line["key"]: line for line in model["lines"]} for model in (*four, real)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    seen = {row[0]: row[-2:] for row in rows if row[0] in ARMS}
+    assert seen.keys() == ARMS.keys()
+    for what, cells in seen.items():
+        *medians, last = (lines[ARMS[what]]["median"] for lines in by_key)
+        assert cells == [spread(medians), f"{last:.2f}"]
+    flat = " ".join(text.split())
+    for words, key in {"body costs {} of a step ({} on SmolLM2)": "body", "every weight {} ({})": "all",
+                       "alone {} ({})": "sketch", "LoRA {} ({})": "lora"}.items():  # fmt: skip
+        *same, last = (lines[f"gradsift-{key}"]["same_products_median"] for lines in by_key)
+        assert words.format(spread(same), f"{last:.2f}") in flat
+    assert f"takes {spread([lines['plain-products']['median'] for lines in by_key])} of PyTorch's own" in flat
+
+
 def test_every_option_of_the_command_exists():
     commands = typer.main.get_command(app).commands
     known = {name for command in ("select", "doctor") for p in commands[command].params for name in p.opts}
