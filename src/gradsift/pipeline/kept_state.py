@@ -16,6 +16,8 @@ from gradsift.manifest import make_folder, write_bytes_atomic, write_error
 
 SEAL = "seal/sha256"
 BEFORE = ".before"
+# A flipped bit may also say that a member is encrypted (RuntimeError) or packed in an unknown way (NotImplementedError, one of these).
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def save_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -63,7 +65,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
             arrays = {key: kept[key] for key in kept.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise StoreError("a kept state cannot be read", where=str(path), got=type(error).__name__) from error
     seal = arrays.pop(SEAL, None)  # states of older versions have none, and rely on the archive's own checksums
     if seal is not None and not np.array_equal(seal, _seal(arrays)):

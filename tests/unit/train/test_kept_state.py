@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gradsift.pipeline.kept_state import load_state, save_state
@@ -36,6 +36,7 @@ def saved(tmp_path_factory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
+@example(2559, 0, False)  # the bit of a member's flags that says it is encrypted
 @given(st.integers(0, 10**6), st.integers(0, 7), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_damage_anywhere_gives_the_save_before(saved, place, bit, cut):
