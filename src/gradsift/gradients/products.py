@@ -38,7 +38,7 @@ def pays() -> bool:
         and vendor() not in ("", "GenuineIntel")
     )
     if found:
-        # A kernel is compiled for every shape and kept, by default 1,024 in each of two caches: up to 1.4 GB with rows of many
+        # A kernel is compiled for every shape and kept, by default 1,024 in each of two caches: 0.8 GB and more with rows of many
         # lengths. These hold what one micro-batch needs, at most 0.2 GB.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         os.environ.setdefault("LRU_CACHE_CAPACITY", "32")

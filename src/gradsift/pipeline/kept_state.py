@@ -16,7 +16,7 @@ from gradsift.manifest import make_folder, write_bytes_atomic, write_error
 
 SEAL = "seal/sha256"
 BEFORE = ".before"
-# A flipped bit may also say that a member is encrypted (RuntimeError) or packed in an unknown way (NotImplementedError, one of these).
+# A flipped bit may also say that a member is encrypted (RuntimeError) or packed in a way that zipfile does not know (one of these).
 UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
