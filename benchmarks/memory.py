@@ -2,7 +2,8 @@
 
 ``python benchmarks/memory.py --json docs/results/memory.json``: SmolLM2-135M and two toy shapes with random weights (Llama, four
 layers of 512, 8,192 tokens; GPT-2, six layers of 384, 32,768 tokens), micro-batches of 1,024 and 4,096 tokens, adapter and
-all weights. Predicted is what ``gradsift select --dry-run`` prints, measured is VmHWM of the run.
+all weights. Predicted is what ``gradsift select --dry-run`` prints, measured is VmHWM of the run. ``--again FILE`` predicts anew for the
+cases of a result file and keeps what was measured.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--kinds", nargs="+", default=["lora", "all"])
     parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--again", type=Path, help="a result file whose measured peaks are kept")
     for name in ("do", "place", "model", "path", "parameters"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
@@ -141,11 +143,15 @@ def main() -> None:
 
     from gradsift.manifest import git_sha, versions
 
+    known = {} if given.again is None else {
+        (c["model"], c["parameters"], c["tokens_per_batch"]): c for c in json.loads(given.again.read_text("utf-8"))["cases"]
+    }  # fmt: skip
     cases = []
     with tempfile.TemporaryDirectory() as place:
         for model in given.models:
             path = make_model(model, Path(place))
-            for name, count, seed in (("pool", given.rows, 1), ("keep", 24, 2), ("target", 24, 3)):
+            rows = next((c["measured"]["rows"] for key, c in known.items() if key[0] == model), given.rows)
+            for name, count, seed in (("pool", rows, 1), ("keep", 24, 2), ("target", 24, 3)):
                 write_rows(Path(place) / f"{model}-{name}.jsonl", count, seed, 480 if path != "auto" else 2200)
             for kind in given.kinds:
                 for tokens in given.budgets:
@@ -162,7 +168,8 @@ def main() -> None:
                         str(tokens),
                     ]
                     predicted = in_child([*words, "--do", "predict"])
-                    measured = in_child([*words, "--do", "measure"])
+                    before = known.get((model, kind, tokens))
+                    measured = before["measured"] if before else in_child([*words, "--do", "measure"])
                     ratio = predicted["bytes"] / measured["bytes"] if measured["bytes"] else float("nan")
                     cases.append({"model": model, "parameters": kind, "tokens_per_batch": tokens, "ratio": ratio,
                                   "predicted": predicted, "measured": measured})  # fmt: skip
